@@ -1,0 +1,80 @@
+"""One wording for every error: the rule, what was given, the fix."""
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+from flaxstab._typing import Shape, Sizes
+
+
+def check(condition: bool, rule: str, *, fix: str = "", **given: object) -> None:
+    """Raises a ``ValueError`` that says the rule, what was given and the fix.
+
+    Args:
+      condition: what must hold.
+      rule: what the caller's arguments must be, naming them as the caller typed them.
+      fix: what to change, if that is not plain from the rule.
+      **given: the offending arguments by name.
+
+    Raises:
+      ValueError: if ``condition`` is false.
+
+    Example:
+      >>> check(32 % 3 == 0, "heads must divide features", heads=3, features=32)
+      Traceback (most recent call last):
+      ...
+      ValueError: heads must divide features, got heads=3 and features=32.
+    """
+    if not condition:
+        _fail(rule, fix, given)
+
+
+def _fail(rule: str, fix: str, given: Mapping[str, object]) -> NoReturn:
+    got = " and ".join(f"{name}={value!r}" for name, value in given.items())
+    raise ValueError(f"{rule}, got {got}." + (f" {fix}" if fix else ""))
+
+
+def check_positive(**sizes: int) -> None:
+    """Raises a ``ValueError`` unless every named size is an integer of at least 1."""
+    for name, value in sizes.items():
+        is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not is_size:
+            _fail(f"{name} must be an integer of at least 1", "", {name: value})
+
+
+def check_probability(**probabilities: float) -> None:
+    """Raises a ``ValueError`` unless every named probability lies in [0, 1]."""
+    for name, value in probabilities.items():
+        if not 0.0 <= value <= 1.0:
+            _fail(f"{name} must lie in [0, 1]", "", {name: value})
+
+
+def check_last_axis(name: str, size: int, shape: Shape) -> None:
+    """Raises a ``ValueError`` unless an input's last axis has the size that a layer was built for.
+
+    Args:
+      name: the constructor argument that set the size.
+      size: its value.
+      shape: the input's shape.
+    """
+    if not shape or shape[-1] != size:
+        fix = "Arrays are features-last here: (N, ..., C)."
+        _fail(f"the input's last axis must have {name} elements", fix, {name: size, "shape": shape})
+
+
+def per_axis(name: str, value: Sizes, rank: int, *, minimum: int = 0) -> Shape:
+    """Returns one integer per spatial axis from an integer or a tuple.
+
+    Args:
+      name: the argument's name, for the error.
+      value: an integer for every axis, or a tuple with one entry per axis.
+      rank: the number of spatial axes.
+      minimum: the smallest entry allowed.
+
+    Raises:
+      ValueError: if the number of entries is not ``rank`` or an entry is too small.
+    """
+    entries = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(entries) != rank or not all(isinstance(e, int) and e >= minimum for e in entries):
+        rule = f"{name} must be an integer or {rank} integers, each at least {minimum}"
+        _fail(rule, "", {name: value})
+    return entries

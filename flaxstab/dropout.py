@@ -1,0 +1,101 @@
+"""Dropout layers."""
+
+import jax
+from flax import nnx
+
+from flaxstab import functional
+from flaxstab._checks import check_probability
+from flaxstab._typing import Array, DTypeLike
+
+
+class Dropout(nnx.Module):
+    """Zeroes elements at random in training and scales the others by ``1 / (1 - p)``.
+
+    Same result as ``torch.nn.Dropout`` with the same mask: inverted dropout, the identity in
+    evaluation. As in torch, NaN in a dropped place stays NaN.
+
+    Args:
+      p: the probability of dropping an element, in [0, 1].
+      deterministic: whether to start in evaluation mode.
+      dtype: dtype of the output; ``None`` = the input's.
+      param_dtype: accepted like every layer's; there are no parameters.
+      rngs: source of the keys; a stream of its own is forked from ``dropout``.
+
+    Raises:
+      ValueError: if ``p`` is outside [0, 1], or training needs a key and there is none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> layer = Dropout(0.5, rngs=nnx.Rngs(dropout=0))
+      >>> sorted(set(layer(jnp.ones(100)).tolist()))
+      [0.0, 2.0]
+
+    Differs from:
+      ``flax.nnx.Dropout``, which accepts any rate and zeroes NaN in a dropped place.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        *,
+        deterministic: bool = False,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        del param_dtype
+        check_probability(p=p)
+        self.p = p
+        self.deterministic = deterministic
+        self.dtype = dtype
+        self.rngs = nnx.data(None if rngs is None else rngs.dropout.fork())
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Sets the mode, for ``nnx.view``.
+
+        Args:
+          deterministic: whether to pass the input through.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        """Applies dropout.
+
+        Args:
+          x: values, any shape.
+          deterministic: overrides the layer's mode.
+          rngs: overrides the layer's stream: ``Rngs`` with a ``dropout`` stream, a stream, or a
+            key.
+          mask: booleans that broadcast to ``x``, true where an element is kept, instead of a
+            draw.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        x = x if self.dtype is None else jax.numpy.asarray(x, self.dtype)
+        deterministic = self.deterministic if deterministic is None else deterministic
+        if deterministic or (self.p == 0 and mask is None):
+            return x
+        if mask is None:
+            mask = functional.dropout_mask(self._key(rngs), self.p, x.shape)
+        return functional.dropout(x, self.p, mask)
+
+    def _key(self, rngs: nnx.Rngs | nnx.RngStream | Array | None) -> Array:
+        source = self.rngs if rngs is None else rngs
+        if source is None:
+            raise ValueError(
+                "dropout in training needs a key, got rngs=None. "
+                "Build the layer with rngs=nnx.Rngs(dropout=seed), or pass rngs= at the call."
+            )
+        if isinstance(source, nnx.Rngs):
+            return source.dropout()
+        return source() if isinstance(source, nnx.RngStream) else source

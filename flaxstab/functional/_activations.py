@@ -1,0 +1,26 @@
+"""Activations where JAX's default is not PyTorch's."""
+
+import jax
+
+from flaxstab._typing import Array
+
+
+def gelu(x: Array) -> Array:
+    """Computes the exact Gaussian error linear unit, ``x * Phi(x)``.
+
+    Same result as ``torch.nn.functional.gelu``.
+
+    Args:
+      x: values, any shape and floating-point dtype.
+
+    Returns:
+      An array of the shape and dtype of ``x``.
+
+    Differs from:
+      ``jax.nn.gelu`` and ``flax.nnx.gelu``, whose default is the tanh approximation: up to 4.7e-4
+      away, and 8.7e-4 in the gradient.
+
+    Reference:
+      D. Hendrycks, K. Gimpel, "Gaussian Error Linear Units (GELUs)", 2016, arXiv:1606.08415.
+    """
+    return jax.nn.gelu(x, approximate=False)

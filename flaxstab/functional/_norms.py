@@ -1,0 +1,315 @@
+"""Normalisation: centre, divide by the standard deviation, scale and shift."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from flaxstab._checks import check
+from flaxstab._dtypes import cast, output_dtype, widest
+from flaxstab._typing import Array, AxisName, DTypeLike, Shape
+from flaxstab.functional._moments import Moments, group_moments, moments
+
+
+class RunningStats(NamedTuple):
+    """What batch and instance normalisation remember for evaluation.
+
+    Attributes:
+      mean: running mean, shape ``(C,)``.
+      var: running *unbiased* variance, shape ``(C,)``.
+      batches: how many batches have been seen, an integer scalar.
+    """
+
+    mean: Array
+    var: Array
+    batches: Array
+
+    def update(self, mean: Array, unbiased_var: Array, momentum: float | None) -> "RunningStats":
+        """Moves the statistics towards a new batch's, as ``torch.nn.BatchNorm2d`` does.
+
+        Args:
+          mean: the batch's mean, shape ``(C,)``.
+          unbiased_var: the batch's unbiased variance, shape ``(C,)``.
+          momentum: weight of the new value; ``None`` averages over all batches so far.
+
+        Returns:
+          New statistics in the old ones' dtypes. Channels where ``mean`` or ``unbiased_var`` is
+          undefined are the caller's business.
+        """
+        batches = self.batches + 1
+        dtype = widest(self.mean.dtype, mean.dtype)
+        weight = (
+            1 / jnp.asarray(batches, dtype) if momentum is None else jnp.asarray(momentum, dtype)
+        )
+
+        def step(old: Array, new: Array) -> Array:
+            blend = (1 - weight) * jnp.asarray(old, dtype) + weight * jnp.asarray(new, dtype)
+            return jnp.asarray(blend, old.dtype)
+
+        return RunningStats(step(self.mean, mean), step(self.var, unbiased_var), batches)
+
+
+def normalize(
+    x: Array,
+    statistics: Moments,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    eps: float,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Applies ``(x - mean) / sqrt(var + eps) * scale + bias``: the one affine step of all norms.
+
+    Args:
+      x: values, any shape.
+      statistics: moments that broadcast to ``x``.
+      scale: factor that broadcasts to ``x``, or ``None`` for 1.
+      bias: summand that broadcasts to ``x``, or ``None`` for 0.
+      eps: added to the variance.
+      dtype: the result's dtype; ``None`` keeps that of ``x``.
+
+    Returns:
+      An array of the shape of ``x``.
+    """
+    wide = statistics.var.dtype
+    factor = 1 / jnp.sqrt(statistics.var + eps)
+    if scale is not None:
+        factor = factor * jnp.asarray(scale, wide)
+    y = statistics.center(x) * factor
+    if bias is not None:
+        y = y + jnp.asarray(bias, wide)
+    return jnp.asarray(y, output_dtype(x, dtype))
+
+
+def batch_norm(
+    x: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    running: RunningStats | None = None,
+    *,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    mask: Array | None = None,
+    axis_name: AxisName | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, RunningStats | None]:
+    """Normalises every channel by the batch's own statistics and updates the running ones.
+
+    Same result as ``torch.nn.functional.batch_norm(training=True)``: the output uses the biased
+    variance, the running variance the unbiased one.
+
+    Args:
+      x: features-last values, shape ``(N, *space, C)``.
+      scale: shape ``(C,)``.
+      bias: shape ``(C,)``.
+      running: statistics to update, or ``None`` to keep none.
+      momentum: weight of the new value; ``None`` averages over all batches.
+      eps: added to the variance.
+      mask: booleans that broadcast to ``x``; statistics come from values where it is true. A
+        channel with fewer than two of them keeps its running statistics.
+      axis_name: mapped axes over which the statistics are those of the whole batch.
+      dtype: the output's dtype; ``None`` keeps that of ``x``.
+
+    Returns:
+      The normalised values, and the updated statistics or ``None``. An empty batch comes back
+      as it is; it adds 1 to the count and leaves the statistics.
+
+    Raises:
+      ValueError: if there is only one value per channel.
+
+    Reference:
+      S. Ioffe, C. Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+      Internal Covariate Shift", 2015, arXiv:1502.03167 (algorithm 1).
+    """
+    if x.size == 0:
+        same = None if running is None else running._replace(batches=running.batches + 1)
+        return jnp.asarray(x, output_dtype(x, dtype)), same
+    found = moments(x, tuple(range(x.ndim - 1)), where=mask, axis_name=axis_name)
+    check(
+        not (isinstance(found.size, int) and found.size < 2),
+        "batch normalisation needs more than 1 value per channel in training",
+        fix="Use a larger batch, or use_running_average=True.",
+        shape=x.shape,
+    )
+    y = normalize(x, found, scale, bias, eps=eps, dtype=dtype)
+    return y, None if running is None else _follow(running, found, momentum)
+
+
+def _follow(running: RunningStats, found: Moments, momentum: float | None) -> RunningStats:
+    """Updates running statistics, except in channels with fewer than two values."""
+    channels = running.mean.shape
+    wide = found.var.dtype
+    count = jnp.broadcast_to(jnp.asarray(found.size, wide), found.var.shape).reshape(channels)
+    unbiased = found.var.reshape(channels) * (count / jnp.maximum(count - 1, 1))
+    new = running.update(found.mean.reshape(channels), unbiased, momentum)
+    enough = count >= 2
+    return RunningStats(
+        jnp.where(enough, new.mean, running.mean),
+        jnp.where(enough, new.var, running.var),
+        new.batches,
+    )
+
+
+def batch_norm_inference(
+    x: Array,
+    running: RunningStats,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Normalises every channel by running statistics, which stay as they are.
+
+    Same result as ``torch.nn.functional.batch_norm(training=False)``. The statistics are never
+    cast down: with bfloat16 input they enter in their own dtype.
+
+    Args:
+      x: features-last values, shape ``(N, *space, C)``.
+      running: statistics of shape ``(C,)``.
+      scale: shape ``(C,)``.
+      bias: shape ``(C,)``.
+      eps: added to the variance.
+      dtype: the output's dtype; ``None`` keeps that of ``x``.
+
+    Returns:
+      The normalised values, of the shape of ``x``.
+    """
+    wide = widest(x.dtype, running.mean.dtype)
+    fixed = Moments(
+        jnp.asarray(running.mean, wide), jnp.zeros((), wide), jnp.asarray(running.var, wide), 1
+    )
+    return normalize(x, fixed, cast(scale, wide), cast(bias, wide), eps=eps, dtype=dtype)
+
+
+def layer_norm(
+    x: Array,
+    normalized_shape: Shape,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Normalises each sample over its trailing axes.
+
+    Same result as ``torch.nn.functional.layer_norm``.
+
+    Args:
+      x: values, shape ``(*batch, *normalized_shape)``.
+      normalized_shape: the trailing axes to normalise over.
+      scale: shape ``normalized_shape``.
+      bias: shape ``normalized_shape``.
+      eps: added to the variance.
+      dtype: the output's dtype; ``None`` keeps that of ``x``.
+
+    Returns:
+      The normalised values, of the shape of ``x``.
+
+    Raises:
+      ValueError: if the input does not end in ``normalized_shape``.
+
+    Reference:
+      J. L. Ba, J. R. Kiros, G. E. Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
+    """
+    rank = len(normalized_shape)
+    check(
+        x.shape[x.ndim - rank :] == tuple(normalized_shape) and x.ndim >= rank,
+        "the input's last axes must be normalized_shape",
+        normalized_shape=normalized_shape,
+        shape=x.shape,
+    )
+    axes = tuple(range(x.ndim - rank, x.ndim))
+    return normalize(x, moments(x, axes), scale, bias, eps=eps, dtype=dtype)
+
+
+def group_norm(
+    x: Array,
+    num_groups: int,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Normalises each sample over space and groups of neighbouring channels.
+
+    Same result as ``torch.nn.functional.group_norm``.
+
+    Args:
+      x: features-last values, shape ``(N, *space, C)``.
+      num_groups: how many groups the channels fall into. One group is layer normalisation over
+        ``(*space, C)``; ``C`` groups are instance normalisation.
+      scale: shape ``(C,)``.
+      bias: shape ``(C,)``.
+      eps: added to the variance.
+      dtype: the output's dtype; ``None`` keeps that of ``x``.
+
+    Returns:
+      The normalised values, of the shape of ``x``.
+
+    Raises:
+      ValueError: if the groups do not divide the channels, or the input holds one value per
+        group and one sample.
+
+    Reference:
+      Y. Wu, K. He, "Group Normalization", 2018, arXiv:1803.08494.
+    """
+    found = group_moments(x, num_groups)
+    check(
+        x.size == 0 or x.shape[0] * int(found.size) > 1,
+        "group normalisation needs more than 1 value per group",
+        fix="Use fewer groups or a larger input.",
+        num_groups=num_groups,
+        shape=x.shape,
+    )
+    return normalize(x, found, scale, bias, eps=eps, dtype=dtype)
+
+
+def instance_norm(
+    x: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    running: RunningStats | None = None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, RunningStats | None]:
+    """Normalises each channel of each sample over space and updates running statistics.
+
+    Same result as ``torch.nn.functional.instance_norm(use_input_stats=True)``: the running mean
+    and variance move towards the samples' averages of mean and unbiased variance.
+
+    Args:
+      x: features-last values, shape ``(N, *space, C)``.
+      scale: shape ``(C,)``.
+      bias: shape ``(C,)``.
+      running: statistics to update, or ``None`` to keep none.
+      momentum: weight of the new value.
+      eps: added to the variance.
+      dtype: the output's dtype; ``None`` keeps that of ``x``.
+
+    Returns:
+      The normalised values, and the updated statistics or ``None``.
+
+    Raises:
+      ValueError: if there is only one value per channel and sample.
+
+    Reference:
+      D. Ulyanov, A. Vedaldi, V. Lempitsky, "Instance Normalization: The Missing Ingredient for
+      Fast Stylization", 2016, arXiv:1607.08022.
+    """
+    found = moments(x, tuple(range(1, x.ndim - 1)))
+    check(
+        x.size == 0 or int(found.size) > 1,
+        "instance normalisation needs more than 1 spatial element in training",
+        shape=x.shape,
+    )
+    y = normalize(x, found, scale, bias, eps=eps, dtype=dtype)
+    if running is None or x.size == 0:
+        return y, running
+    channels = running.mean.shape
+    mean = jnp.mean(found.mean, 0).reshape(channels)
+    unbiased = jnp.mean(found.var, 0).reshape(channels) * (found.size / (found.size - 1))
+    # torch's InstanceNorm owns a num_batches_tracked but never counts.
+    return y, running.update(mean, unbiased, momentum)._replace(batches=running.batches)

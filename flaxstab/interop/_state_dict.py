@@ -1,0 +1,184 @@
+"""PyTorch state_dicts in and out, by walking the model and its layer types."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flaxstab.interop._rules import RULES, Rule, Tensors, value_of
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor of a state_dict and every variable of a model.
+
+    Attributes:
+      loaded: names of the tensors that were loaded.
+      missing: names that the model has and the state_dict lacks.
+      unexpected: names that the state_dict has and the model lacks.
+      mismatched: names whose shapes differ, with both shapes in torch's layout.
+    """
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor found its place and every variable its tensor."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} tensors loaded"]
+        for kind in ("missing", "unexpected", "mismatched"):
+            names = getattr(self, kind)
+            lines += [f"{len(names)} {kind}: {', '.join(names)}"] if names else []
+        return "; ".join(lines)
+
+
+def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Returns a model's parameters and statistics by PyTorch's names, in PyTorch's layouts.
+
+    Each layer type has its rule; nothing is guessed from names or ranks. ``nnx.Sequential`` is
+    transparent, as ``torch.nn.Sequential`` is.
+
+    Args:
+      model: a module built of flaxstab's or stock NNX layers and registered types.
+
+    Returns:
+      Arrays by name, in the order of the model's attributes.
+
+    Raises:
+      ValueError: if a variable belongs to a module type without a rule.
+
+    Example:
+      >>> from flax import nnx
+      >>> from flaxstab import linear
+      >>> {k: v.shape for k, v in state_dict(linear.Linear(2, 5, rngs=nnx.Rngs(0))).items()}
+      {'weight': (5, 2), 'bias': (5,)}
+    """
+    return {
+        prefix + name: array
+        for prefix, module, rule in _layers(model)
+        for name, array in rule.to_torch(module).items()
+    }
+
+
+def load_state_dict(
+    model: nnx.Module,
+    state_dict: Mapping[str, object],
+    *,
+    strict: bool = True,
+    rename: Callable[[str], str] | None = None,
+) -> LoadReport:
+    """Loads a PyTorch state_dict into a model, in place, all or nothing.
+
+    Args:
+      model: a module built of flaxstab's or stock NNX layers and registered types.
+      state_dict: arrays or CPU tensors by PyTorch's names, in PyTorch's layouts.
+      strict: whether every tensor and every variable must find its counterpart. Otherwise what
+        fits is loaded and the report says what did not.
+      rename: from a name in ``state_dict`` to the name in this model.
+
+    Returns:
+      What was loaded and what was not.
+
+    Raises:
+      ValueError: if something does not fit under ``strict``, or a variable belongs to a module
+        type without a rule. The model is then unchanged.
+
+    Example:
+      >>> from flax import nnx
+      >>> from flaxstab import linear
+      >>> model = linear.Linear(2, 5, rngs=nnx.Rngs(0))
+      >>> print(load_state_dict(model, state_dict(model)))
+      2 tensors loaded
+    """
+    tensors = _renamed(state_dict, rename)
+    loaded: list[str] = []
+    missing: list[str] = []
+    mismatched: list[str] = []
+    changes: list[tuple[nnx.Module, Tensors]] = []
+    for prefix, module, rule in _layers(model):
+        fitting = {}
+        for name, current in rule.to_torch(module).items():
+            full = prefix + name
+            if full not in tensors:
+                missing.append(full)
+            elif tensors[full].shape != current.shape:
+                mismatched.append(f"{full} {tensors[full].shape} for {current.shape}")
+            else:
+                fitting[name] = tensors[full]
+                loaded.append(full)
+        changes.append((module, rule.to_flax(module, fitting)))
+    seen = {*loaded, *(entry.split(" ")[0] for entry in mismatched)}
+    unexpected = tuple(name for name in tensors if name not in seen)
+    report = LoadReport(tuple(loaded), tuple(missing), unexpected, tuple(mismatched))
+    if strict and not report.complete:
+        raise ValueError(
+            f"the state_dict must fit the model, got {report}. "
+            "Pass rename= for other names, or strict=False to load what fits."
+        )
+    for module, values in changes:
+        for name, value in values.items():
+            variable = vars(module)[name]
+            variable[...] = jnp.asarray(value, variable[...].dtype)
+    return report
+
+
+def _renamed(
+    state_dict: Mapping[str, object], rename: Callable[[str], str] | None
+) -> dict[str, np.ndarray]:
+    tensors = {}
+    for name, value in state_dict.items():
+        new = name if rename is None else rename(name)
+        if new in tensors:
+            raise ValueError(f"rename must keep names apart, got {new!r} twice.")
+        tensors[new] = np.asarray(value)
+    return tensors
+
+
+def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
+    """Returns every module of a model by the name that PyTorch would give it; '' is the model.
+
+    Args:
+      model: any module. ``nnx.Sequential`` is transparent, as ``torch.nn.Sequential`` is.
+    """
+    by_path = dict(nnx.iter_modules(model))
+    names = {}
+    for path in sorted(by_path, key=_sort_key):
+        inside_sequential = [
+            isinstance(by_path.get(path[:n]), nnx.Sequential) for n in range(len(path))
+        ]
+        parts = zip(path, inside_sequential, strict=True)
+        names[".".join(str(part) for part, hidden in parts if not hidden)] = by_path[path]
+    return names
+
+
+def _layers(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Rule]]:
+    """Yields every module with a rule, with the prefix of its tensors' names."""
+    for name, module in named_modules(model).items():
+        rule = RULES.get(type(module))
+        if rule is None:
+            _refuse_own_variables(name, module)
+        else:
+            yield f"{name}." if name else "", module, rule
+
+
+def _sort_key(path: tuple[object, ...]) -> tuple[tuple[bool, int, str], ...]:
+    """Orders numbers as numbers: 'blocks.2' before 'blocks.10'."""
+    return tuple((isinstance(p, str), p if isinstance(p, int) else 0, str(p)) for p in path)
+
+
+def _refuse_own_variables(name: str, module: nnx.Module) -> None:
+    for attribute, value in vars(module).items():
+        if isinstance(value, nnx.Param | nnx.BatchStat):
+            where = f"{name}.{attribute}" if name else attribute
+            raise ValueError(
+                "every variable must belong to a module type with a rule, "
+                f"got {where!r} {value_of(value).shape} of {type(module).__name__}. "
+                "Call flaxstab.interop.register for that type."
+            )

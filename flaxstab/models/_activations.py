@@ -1,0 +1,23 @@
+"""The documents' activations by name."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+
+from flaxstab import functional
+from flaxstab._checks import check
+from flaxstab._typing import Array
+
+Act = Literal["relu", "gelu", "elu"]
+_BY_NAME: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": functional.gelu,
+    "elu": jax.nn.elu,
+}
+
+
+def activation(act: str) -> Callable[[Array], Array]:
+    """Returns the documents' activation of the given name; GELU is the exact one."""
+    check(act in _BY_NAME, f"act must be one of {', '.join(_BY_NAME)}", act=act)
+    return _BY_NAME[act]

@@ -1,0 +1,7 @@
+"""Normalisation layers with PyTorch's arguments, defaults and running statistics."""
+
+from flaxstab.norms._batch import BatchNorm as BatchNorm
+from flaxstab.norms._batch import GhostBatchNorm as GhostBatchNorm
+from flaxstab.norms._sample import GroupNorm as GroupNorm
+from flaxstab.norms._sample import InstanceNorm as InstanceNorm
+from flaxstab.norms._sample import LayerNorm as LayerNorm

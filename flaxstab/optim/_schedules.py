@@ -1,0 +1,58 @@
+"""Learning-rate schedules with PyTorch's values, as optax schedules."""
+
+import math
+
+import jax.numpy as jnp
+import optax
+
+from flaxstab._checks import check
+from flaxstab._typing import Array
+
+
+def warmup_cosine(
+    peak: float, warmup_steps: int, total_steps: int, end: float = 0.0
+) -> optax.Schedule:
+    """Returns a linear climb from 0 to ``peak``, then a half cosine down to ``end``.
+
+    Same values as ``torch.optim.lr_scheduler.SequentialLR`` of a ``LinearLR`` that starts at 0
+    and a ``CosineAnnealingLR(T_max=total_steps - warmup_steps, eta_min=end)``, up to the last
+    step. After it the rate stays at ``end``; torch's cosine climbs again.
+
+    Args:
+      peak: the largest learning rate, reached after ``warmup_steps`` steps.
+      warmup_steps: length of the climb in steps, at least 0.
+      total_steps: length of the whole in steps, above ``warmup_steps``.
+      end: the final learning rate.
+
+    Returns:
+      A function from the number of steps taken so far to the learning rate, in float32 (float64
+      where JAX's x64 mode is on). The first step's rate is 0 if there is a warmup.
+
+    Raises:
+      ValueError: if the steps do not fit.
+
+    Example:
+      >>> rate = warmup_cosine(0.1, warmup_steps=10, total_steps=110)
+      >>> [round(float(rate(step)), 4) for step in (0, 5, 10, 60, 110, 1000)]
+      [0.0, 0.05, 0.1, 0.05, 0.0, 0.0]
+
+    Reference:
+      I. Loshchilov, F. Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2016,
+      arXiv:1608.03983 (equation 5).
+    """
+    check(
+        0 <= warmup_steps < total_steps,
+        "warmup_steps must be at least 0 and below total_steps",
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+    )
+
+    def schedule(count: Array) -> Array:
+        step = jnp.asarray(count, jnp.result_type(float))
+        left = jnp.clip(total_steps - step, 0, total_steps - warmup_steps)
+        # sin² instead of (1 + cos) / 2: the same number without cancellation near the end.
+        half = jnp.square(jnp.sin(left * (math.pi / 2 / (total_steps - warmup_steps))))
+        cosine = end + (peak - end) * half
+        return jnp.where(step < warmup_steps, peak * step / max(warmup_steps, 1), cosine)
+
+    return schedule

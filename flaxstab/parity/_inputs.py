@@ -1,0 +1,58 @@
+"""What both sides are fed, and how what they compute is named."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from flaxstab._typing import Array, DTypeLike
+
+Layout = Literal["image"] | None
+Values = Mapping[str, np.ndarray]  # quantities by name, in PyTorch's names and Flax's layout
+STEPS = (1, 2, 10)  # after how many training steps the statistics are looked at
+
+
+class Inputs(NamedTuple):
+    """What both sides are fed.
+
+    Attributes:
+      arrays: the arguments, features last; floating-point ones are differentiated.
+      cotangent: the output's cotangent.
+      layout: ``'image'`` if PyTorch wants the last axis at 1, ``None`` for the same arrays.
+    """
+
+    arrays: tuple[np.ndarray, ...]
+    cotangent: np.ndarray
+    layout: Layout
+
+    def rounded(self, dtype: DTypeLike) -> "Inputs":
+        """Returns the inputs rounded to a dtype, as float64, so that every precision sees them."""
+        arrays = tuple(round_to(a, dtype) for a in self.arrays)
+        return Inputs(arrays, round_to(self.cotangent, dtype), self.layout)
+
+
+def is_float(array: np.ndarray | Array) -> bool:
+    """Whether an array holds floating-point numbers, bfloat16 included."""
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def round_to(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """Returns floating-point values rounded to a dtype, as float64; others as they are."""
+    return array.astype(dtype).astype(np.float64) if is_float(array) else array
+
+
+def growth(step: int) -> float:
+    """Returns the factor of a later training step's inputs, so that each has other statistics."""
+    return 1 + step / 8
+
+
+def channels_first(array: np.ndarray, layout: Layout) -> np.ndarray:
+    """Moves the last axis to 1 for ``layout='image'``."""
+    moves = layout == "image" and array.ndim > 2
+    return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if moves else array
+
+
+def channels_last(array: np.ndarray, layout: Layout) -> np.ndarray:
+    """Moves axis 1 back to the end for ``layout='image'``."""
+    return np.moveaxis(array, 1, -1) if layout == "image" and array.ndim > 2 else array

@@ -1,0 +1,1 @@
+"""The cases that hold flaxstab to PyTorch; run with ``pytest``."""
