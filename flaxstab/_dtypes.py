@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 
-from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike
 
 
@@ -24,12 +23,11 @@ def output_dtype(x: Array, dtype: DTypeLike | None) -> DTypeLike:
       ValueError: if neither is a floating-point dtype.
     """
     result = x.dtype if dtype is None else jnp.dtype(dtype)
-    check(
-        bool(jnp.issubdtype(result, jnp.floating)),
-        "a layer computes in floating point",
-        fix="Cast the input, or pass dtype=.",
-        dtype=str(result),
-    )
+    if not jnp.issubdtype(result, jnp.floating):
+        raise ValueError(
+            f"a layer computes in floating point, got dtype={str(result)!r}. "
+            "Cast the input, or pass dtype=."
+        )
     return result
 
 
