@@ -13,7 +13,10 @@ def widest(*dtypes: DTypeLike) -> DTypeLike:
       >>> widest(jnp.bfloat16), widest(jnp.float32)
       (dtype('float32'), dtype('float32'))
     """
-    return jnp.result_type(jnp.float32, *dtypes)
+    # One at a time: under strict promotion jnp.result_type refuses float32 with bfloat16.
+    kinds = [jnp.result_type(dtype) for dtype in (jnp.float32, *dtypes)]
+    floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
+    return max(floats, key=lambda kind: kind.itemsize)
 
 
 def output_dtype(x: Array, dtype: DTypeLike | None) -> DTypeLike:
@@ -22,13 +25,22 @@ def output_dtype(x: Array, dtype: DTypeLike | None) -> DTypeLike:
     Raises:
       ValueError: if neither is a floating-point dtype.
     """
-    result = x.dtype if dtype is None else jnp.dtype(dtype)
+    result = jnp.result_type(x.dtype if dtype is None else dtype)
     if not jnp.issubdtype(result, jnp.floating):
         raise ValueError(
             f"a layer computes in floating point, got dtype={str(result)!r}. "
             "Cast the input, or pass dtype=."
         )
     return result
+
+
+def aligned(parameter: Array, x: Array, dtype: DTypeLike) -> Array:
+    """Returns ``parameter`` in ``dtype`` with leading axes of size 1, as many as ``x`` has more.
+
+    JAX can be told to refuse the implicit version of either step; this library does without.
+    """
+    shape = (1,) * (x.ndim - parameter.ndim) + parameter.shape
+    return jnp.asarray(parameter, dtype).reshape(shape)
 
 
 def cast(x: Array | None, dtype: DTypeLike) -> Array | None:

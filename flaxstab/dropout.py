@@ -1,10 +1,11 @@
 """Dropout layers."""
 
-import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from flaxstab import functional
 from flaxstab._checks import check_probability
+from flaxstab._dtypes import output_dtype
 from flaxstab._typing import Array, DTypeLike
 
 
@@ -81,7 +82,7 @@ class Dropout(nnx.Module):
         Returns:
           An array of the shape of ``x``.
         """
-        x = x if self.dtype is None else jax.numpy.asarray(x, self.dtype)
+        x = jnp.asarray(x, output_dtype(x, self.dtype))
         deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic or (self.p == 0 and mask is None):
             return x

@@ -73,7 +73,8 @@ def fan_in_and_fan_out(shape: Shape, *, in_axis: int = -2, out_axis: int = -1) -
     """
     check(len(shape) >= 2, "a fan needs a shape with at least 2 axes", shape=shape)
     fan_in, fan_out = shape[in_axis], shape[out_axis]
-    window = math.prod(shape) // max(fan_in * fan_out, 1)
+    channels = (in_axis % len(shape), out_axis % len(shape))
+    window = math.prod(size for axis, size in enumerate(shape) if axis not in channels)
     return fan_in * window, fan_out * window
 
 

@@ -146,6 +146,7 @@ class Conv(nnx.Module):
         )
         window = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         rank = len(window)
+        check(rank > 0, "kernel_size must name at least one axis", kernel_size=kernel_size)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size = per_axis("kernel_size", window, rank, minimum=1)

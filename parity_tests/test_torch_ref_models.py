@@ -195,13 +195,13 @@ def test_stable_cnn_defaults_are_batch_norm_relu_dropout_0_1_on_32_pixels() -> N
     assert [tuple(block.conv.weight.shape) for block in model.blocks] == [
         (32, 3, 3, 3),
         (64, 32, 3, 3),
-        (64, 64, 3, 3),
+        (128, 64, 3, 3),
     ]
-    assert model.head.weight.shape == (10, 64 * 4 * 4)
+    assert model.head.weight.shape == (10, 128 * 4 * 4)
     for block in model.blocks:
         assert (type(block.norm), type(block.act)) == (nn.BatchNorm2d, nn.ReLU)
         assert block.drop.p == 0.1
-    assert models.StableCNN("group").blocks[0].norm.num_groups == 8
+    assert models.StableCNN("group").blocks[0].norm.num_groups == 16
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])

@@ -132,8 +132,9 @@ def warmup_cosine(
 ) -> float:
     """Linear warmup, then cosine over steps: the schedule that document 2, M means.
 
-    The warmup is the printed one, ``peak * (count + 1) / warmup_steps``, so the first step already
-    moves; the cosine begins at ``peak`` at ``count == warmup_steps`` and would be at ``end`` at
+    The values of torch's ``SequentialLR`` of a ``LinearLR`` from 0 and a ``CosineAnnealingLR``:
+    the first step's rate is 0, where the printed loop begins with ``peak / warmup``; the cosine
+    begins at ``peak`` at ``count == warmup_steps`` and would be at ``end`` at
     ``count == total_steps``, one past the last step. It stays there.
 
     Args:
@@ -147,7 +148,7 @@ def warmup_cosine(
         The learning rate of step ``count``.
     """
     if count < warmup_steps:
-        return peak * (count + 1) / warmup_steps
+        return peak * count / warmup_steps
     done = min(1.0, (count - warmup_steps) / max(1, total_steps - warmup_steps))
     return end + (peak - end) * 0.5 * (1.0 + math.cos(math.pi * done))
 

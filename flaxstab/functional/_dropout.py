@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxstab._checks import check, check_probability
 from flaxstab._typing import Array, Shape
@@ -21,7 +22,7 @@ def dropout_mask(key: Array, p: float, shape: Shape) -> Array:
     """
     check_probability(p=p)
     # A float32 probability whatever JAX's x64 mode, so that the mode does not change the mask.
-    return jax.random.bernoulli(key, jnp.float32(1 - p), shape)
+    return jax.random.bernoulli(key, np.float32(1 - p), shape)
 
 
 def dropout(x: Array, p: float, mask: Array) -> Array:
@@ -58,4 +59,4 @@ def dropout(x: Array, p: float, mask: Array) -> Array:
         dtype=str(mask.dtype),
     )
     scale = 0.0 if p == 1 else 1 / (1 - p)
-    return x * (jnp.asarray(mask, x.dtype) * scale)
+    return x * (jnp.broadcast_to(jnp.asarray(mask, x.dtype), x.shape) * scale)

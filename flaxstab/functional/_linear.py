@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxstab._checks import check, per_axis
+from flaxstab._dtypes import aligned
 from flaxstab._typing import Array, Shape, Sizes
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -26,7 +27,7 @@ def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
       Values of shape ``(*batch, out)``.
     """
     y = jnp.matmul(x, kernel)
-    return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+    return y if bias is None else y + aligned(bias, y, bias.dtype)
 
 
 def padding_pairs(
@@ -59,6 +60,29 @@ def padding_pairs(
         extra = [span if padding == "same" else 0 for span in spans]
         return tuple((e // 2, e - e // 2) for e in extra)
     return tuple((p, p) for p in per_axis("padding", padding, len(window)))
+
+
+def _check_room(
+    space: Shape, window: Shape, dilation: Shape, pairs: tuple[tuple[int, int], ...], mode: str
+) -> None:
+    """Raises a ``ValueError`` if the padding needs more input than there is, or the kernel does."""
+    most = {"reflect": -1, "circular": 0}
+    check(
+        mode not in most
+        or all(max(pair) <= n + most[mode] for n, pair in zip(space, pairs, strict=True)),
+        "padding must be smaller than the input to reflect it, and at most its size to wrap it",
+        padding_mode=mode,
+        padding=pairs,
+        space=space,
+    )
+    sizes = zip(space, window, dilation, pairs, strict=True)
+    check(
+        all(d * (k - 1) < n + sum(pair) for n, k, d, pair in sizes),
+        "kernel_size must fit into the padded input",
+        kernel_size=window,
+        space=space,
+        padding=pairs,
+    )
 
 
 def conv(
@@ -108,6 +132,7 @@ def conv(
     pairs = padding_pairs(padding, kernel.shape[:rank], dilations)
     batch = x.shape[: x.ndim - rank - 1]
     x = x.reshape(-1, *x.shape[x.ndim - rank - 1 :])  # (*batch, *space, C) -> (N, *space, C)
+    _check_room(x.shape[1:-1], kernel.shape[:rank], dilations, pairs, padding_mode)
     if padding_mode != "zeros":
         x = jnp.pad(x, ((0, 0), *pairs, (0, 0)), mode=_NUMPY_MODE[padding_mode])
         pairs = ((0, 0),) * rank
@@ -126,5 +151,5 @@ def conv(
         ),
     )
     if bias is not None:
-        y = y + jnp.reshape(bias, (1,) * (rank + 1) + (-1,))
+        y = y + aligned(bias, y, bias.dtype)
     return y.reshape(*batch, *y.shape[1:])

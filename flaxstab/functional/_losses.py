@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxstab._checks import check
-from flaxstab._dtypes import widest
+from flaxstab._dtypes import aligned, widest
 from flaxstab._typing import Array
 
 Reduction = Literal["mean", "sum", "none"]
@@ -115,8 +115,10 @@ def _hard(
     index = jnp.where(in_range, labels, 0)
     picked = jnp.take_along_axis(log_p, index[..., None], -1)[..., 0]
     own_weight = jnp.where(kept, weight[index], 0)
-    smooth = -jnp.sum(log_p * weight, -1) / classes
-    losses = (1 - smoothing) * -picked * own_weight + smoothing * jnp.where(kept, smooth, 0)
+    losses = (1 - smoothing) * -picked * own_weight
+    if smoothing > 0:  # 0 times the infinite log-probability of an impossible class is NaN
+        smooth = -jnp.sum(log_p * aligned(weight, log_p, weight.dtype), -1) / classes
+        losses = losses + smoothing * jnp.where(kept, smooth, 0)
     losses = jnp.where(kept & ~in_range, jnp.nan, jnp.where(kept, losses, 0))
     return losses, jnp.sum(own_weight)
 
@@ -130,7 +132,7 @@ def _soft(log_p: Array, target: Array, weight: Array, smoothing: float) -> tuple
         logits_shape=log_p.shape,
     )
     target = target * (1 - smoothing) + smoothing / log_p.shape[-1]
-    losses = -jnp.sum(log_p * target * weight, -1)
+    losses = -jnp.sum(log_p * target * aligned(weight, log_p, weight.dtype), -1)
     return losses, jnp.asarray(losses.size, log_p.dtype)
 
 
@@ -140,7 +142,9 @@ def l1_penalty(*arrays: Array) -> Array:
     Args:
       *arrays: parameters of any shape.
     """
-    return jnp.asarray(sum(jnp.sum(jnp.abs(jnp.asarray(a, widest(a.dtype)))) for a in arrays))
+    wide = widest(*(a.dtype for a in arrays))
+    terms = (jnp.sum(jnp.abs(jnp.asarray(a, wide))) for a in arrays)
+    return sum(terms, jnp.zeros((), wide))
 
 
 def l2_penalty(*arrays: Array) -> Array:
@@ -152,5 +156,6 @@ def l2_penalty(*arrays: Array) -> Array:
     Args:
       *arrays: parameters of any shape.
     """
-    squares = (jnp.sum(jnp.square(jnp.asarray(a, widest(a.dtype)))) for a in arrays)
-    return jnp.asarray(sum(squares) / 2)
+    wide = widest(*(a.dtype for a in arrays))
+    terms = (jnp.sum(jnp.square(jnp.asarray(a, wide))) for a in arrays)
+    return sum(terms, jnp.zeros((), wide)) / 2

@@ -104,15 +104,15 @@ def _combine(local: Moments, axis_name: AxisName) -> Moments:
     own = jnp.stack([own_count, local.shift, local.residual, local.var])
     slots = jnp.zeros((size, *own.shape), dtype).at[index].set(own)
     counts, shifts, residuals, variances = jnp.moveaxis(jax.lax.psum(slots, axis_name), 1, 0)
-    total = jnp.maximum(jnp.sum(counts, 0), 1)
+    total = jnp.maximum(jnp.sum(counts, 0, keepdims=True), 1)
     # The mean of the first device that has values is close enough to all others to subtract.
     first = jnp.argmax(counts > 0, 0, keepdims=True)
-    shift = jax.lax.stop_gradient(jnp.take_along_axis(shifts, first, 0)[0])
+    shift = jax.lax.stop_gradient(jnp.take_along_axis(shifts, first, 0))  # (1, ...)
     deltas = jnp.where(counts > 0, (shifts - shift) + residuals, 0)
-    residual = jnp.sum(counts * deltas, 0) / total
+    residual = jnp.sum(counts * deltas, 0, keepdims=True) / total
     spread = counts * (variances + jnp.square(deltas - residual))
     count = local.size * size if isinstance(local.size, int) else jnp.sum(counts, 0)
-    return Moments(shift, residual, jnp.sum(spread, 0) / total, count)
+    return Moments(shift[0], residual[0], jnp.sum(spread, 0) / total[0], count)
 
 
 def group_moments(x: Array, num_groups: int) -> Moments:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from flaxstab._checks import check
-from flaxstab._dtypes import cast, output_dtype, widest
+from flaxstab._dtypes import aligned, output_dtype, widest
 from flaxstab._typing import Array, AxisName, DTypeLike, Shape
 from flaxstab.functional._moments import Moments, group_moments, moments
 
@@ -73,10 +73,10 @@ def normalize(
     wide = statistics.var.dtype
     factor = 1 / jnp.sqrt(statistics.var + eps)
     if scale is not None:
-        factor = factor * jnp.asarray(scale, wide)
+        factor = factor * aligned(scale, x, wide)
     y = statistics.center(x) * factor
     if bias is not None:
-        y = y + jnp.asarray(bias, wide)
+        y = y + aligned(bias, x, wide)
     return jnp.asarray(y, output_dtype(x, dtype))
 
 
@@ -175,10 +175,9 @@ def batch_norm_inference(
       The normalised values, of the shape of ``x``.
     """
     wide = widest(x.dtype, running.mean.dtype)
-    fixed = Moments(
-        jnp.asarray(running.mean, wide), jnp.zeros((), wide), jnp.asarray(running.var, wide), 1
-    )
-    return normalize(x, fixed, cast(scale, wide), cast(bias, wide), eps=eps, dtype=dtype)
+    mean, var = aligned(running.mean, x, wide), aligned(running.var, x, wide)
+    fixed = Moments(mean, jnp.zeros((), wide), var, 1)
+    return normalize(x, fixed, scale, bias, eps=eps, dtype=dtype)
 
 
 def layer_norm(

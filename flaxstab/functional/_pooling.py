@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxstab._checks import check, check_positive, per_axis
-from flaxstab._dtypes import widest
+from flaxstab._dtypes import aligned, widest
 from flaxstab._typing import Array, Shape, Sizes
 
 
@@ -193,7 +193,7 @@ def avg_pool(
     )
     if divisor_override is None:
         counts = _window_counts(windows, x.shape[1:-1], padded=count_include_pad)
-        total = total / jnp.asarray(counts, wide)
+        total = total / aligned(jnp.asarray(counts), total, wide)
     else:
         total = total / divisor_override
     return jnp.asarray(total, x.dtype)

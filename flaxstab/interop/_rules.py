@@ -97,6 +97,8 @@ RULES: dict[type[nnx.Module], Rule] = {
     nnx.BatchNorm: _table_rule(_SCALE, _BIAS, _MEAN, _VAR),
     nnx.LayerNorm: _NORM,
     nnx.GroupNorm: _NORM,
+    nnx.InstanceNorm: _NORM,
+    nnx.RMSNorm: _table_rule(_SCALE),
     nnx.Embed: _table_rule(Entry("embedding", "weight")),
     nnx.Dropout: _table_rule(),
 }

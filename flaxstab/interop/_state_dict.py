@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flaxstab._typing import Array
 from flaxstab.interop._rules import RULES, Rule, Tensors, value_of
 
 
@@ -122,11 +123,30 @@ def load_state_dict(
             f"the state_dict must fit the model, got {report}. "
             "Pass rename= for other names, or strict=False to load what fits."
         )
-    for module, values in changes:
-        for name, value in values.items():
-            variable = vars(module)[name]
-            variable[...] = jnp.asarray(value, variable[...].dtype)
+    for variable, value in [pair for change in changes for pair in _staged(*change)]:
+        variable[...] = value
     return report
+
+
+def _staged(module: nnx.Module, values: Tensors) -> list[tuple[nnx.Variable[Array], Array]]:
+    """Pairs a module's variables with their new values, in their own dtype; changes nothing."""
+    pairs = []
+    for name, value in values.items():
+        variable = vars(module).get(name)
+        if not isinstance(variable, nnx.Variable):
+            raise ValueError(
+                "a rule must give values for variables of the module, "
+                f"got {name!r} of {type(module).__name__}."
+            )
+        if value.shape != variable.shape:
+            raise ValueError(
+                "a rule must give values of the right shape, "
+                f"got {name!r} {value.shape} for {variable.shape}."
+            )
+        # A copy: JAX may share a NumPy array's memory, and torch changes its tensors in place
+        # (test_the_model_does_not_share_memory_with_the_state_dict).
+        pairs.append((variable, jnp.array(value, variable[...].dtype)))
+    return pairs
 
 
 def _renamed(

@@ -107,9 +107,10 @@ class StableCNN(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         shrink = 2 ** len(widths)
+        check(shrink > 1, "widths must name at least one block", widths=widths)
         check(
-            image_size % shrink == 0,
-            f"image_size must be divisible by {shrink}, since each block halves it",
+            image_size > 0 and image_size % shrink == 0,
+            f"image_size must be above 0 and divisible by {shrink}, since each block halves it",
             image_size=image_size,
         )
         channels = (3, *widths)

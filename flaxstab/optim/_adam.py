@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flaxstab._checks import check
@@ -94,7 +95,7 @@ def adamw(
     """
     _check_adam(learning_rate, betas, eps, weight_decay)
     check(
-        not isinstance(mask, bool | jax.Array),
+        not isinstance(mask, bool | np.bool_ | np.ndarray | jax.Array),
         "mask must be a function or a tree of booleans, not a bare boolean",
         fix="Pass mask=decay_mask(model); with optax.inject_hyperparams name it in "
         "static_args=('mask',).",
@@ -122,7 +123,10 @@ def adamw(
         columns = [jax.tree.leaves(tree) for tree in (_decays(mask, params), params, *moments)]
         gradients = [-g if maximize else g for g in jax.tree.leaves(updates)]
         stepped = [_step_leaf(hypers, count, *row) for row in zip(gradients, *columns, strict=True)]
-        trees = [jax.tree.unflatten(treedef, list(c)) for c in zip(*stepped, strict=True)]
+        trees = [
+            jax.tree.unflatten(treedef, [row[i] for row in stepped])
+            for i in range(1 + len(moments))
+        ]
         return trees[0], type(state)(count, *trees[1:])
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -33,7 +33,7 @@ def clip_grad_norm(
     ``min(1, max_norm / (norm + 1e-6))``, and the norm is computed in float32 or wider.
 
     Args:
-      max_norm: the largest norm left, at least 0.
+      max_norm: the largest norm left, at least 0; may be traced.
       norm_type: the order of the norm, above 0; ``math.inf`` for the largest absolute value.
       error_if_nonfinite: whether to raise if the norm is infinite or NaN. Under ``jit`` nothing
         can be raised: read ``state.nonfinite``.
@@ -60,7 +60,14 @@ def clip_grad_norm(
       R. Pascanu, T. Mikolov, Y. Bengio, "On the Difficulty of Training Recurrent Neural
       Networks", 2012, arXiv:1211.5063 (algorithm 1).
     """
-    check(max_norm >= 0, "max_norm must be at least 0", max_norm=max_norm)
+    known = not isinstance(max_norm, jax.core.Tracer)
+    check(not known or max_norm >= 0, "max_norm must be at least 0", max_norm=max_norm)
+    check(
+        not isinstance(norm_type, jax.core.Tracer),
+        "norm_type must be a plain number, not a traced one",
+        fix="With optax.inject_hyperparams name it in static_args=('norm_type',).",
+        norm_type=norm_type,
+    )
     check(norm_type > 0, "norm_type must be above 0", norm_type=norm_type)
 
     def init(params: optax.Params) -> ClipState:

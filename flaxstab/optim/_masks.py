@@ -68,7 +68,8 @@ class DecayMask:
         raise ValueError(
             "the mask must be made for the model whose parameters it gets, "
             f"got leaf={'.'.join(names)!r}. "
-            f"Known parameters: {', '.join('.'.join(known) for known in self.roles)}."
+            f"Known parameters: {', '.join('.'.join(known) for known in self.roles)}. "
+            "With optax.inject_hyperparams name the mask in static_args=('mask',)."
         )
 
     def __str__(self) -> str:
@@ -87,8 +88,9 @@ def decay_mask(model: nnx.Module) -> DecayMask:
 
     Decided by role: every parameter of a normalisation layer, every ``bias`` (also the
     two-dimensional ones of ``nnx.MultiHeadAttention``), and every ``nnx.Param`` with ``role``
-    metadata (class token, position embedding, layer scale) is exempt; stacked layers keep their
-    roles. Give a parameter of your own ``nnx.Param(value, role='…')`` to exempt it.
+    metadata other than ``'weight'`` (class token, position embedding, layer scale) is exempt;
+    stacked layers keep their roles. Give a parameter of your own ``nnx.Param(value, role='…')``
+    to exempt it.
 
     Args:
       model: the model; only its structure is read.

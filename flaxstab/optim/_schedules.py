@@ -48,11 +48,13 @@ def warmup_cosine(
     )
 
     def schedule(count: Array) -> Array:
-        step = jnp.asarray(count, jnp.result_type(float))
-        left = jnp.clip(total_steps - step, 0, total_steps - warmup_steps)
+        # The steps left are counted as integers: float32 knows none above 2**24.
+        step, wide = jnp.asarray(count), jnp.result_type(float)
+        left = jnp.asarray(jnp.clip(total_steps - step, 0, total_steps - warmup_steps), wide)
         # sin² instead of (1 + cos) / 2: the same number without cancellation near the end.
         half = jnp.square(jnp.sin(left * (math.pi / 2 / (total_steps - warmup_steps))))
         cosine = end + (peak - end) * half
-        return jnp.where(step < warmup_steps, peak * step / max(warmup_steps, 1), cosine)
+        climbed = jnp.asarray(step, wide) / max(warmup_steps, 1)
+        return jnp.where(step < warmup_steps, peak * climbed, cosine)
 
     return schedule

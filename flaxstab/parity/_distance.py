@@ -47,8 +47,8 @@ def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> Dist
         a, b = (np.asarray(side, np.float64) for side in (ours[name], array))
         gap, size = np.max(np.abs(a - b), initial=0), np.max(np.abs(b), initial=0)
         value = float(gap / size) if size else (np.inf if gap else 0.0)
-        # NaN compares as smaller than everything: it must not hide.
-        if not value <= worst.value:
+        # NaN compares as neither larger nor smaller: it must not hide, nor be hidden.
+        if not (value <= worst.value or np.isnan(worst.value)):
             worst = Distance(value, name)
     return worst
 
@@ -78,7 +78,7 @@ def adam_distance(
     torch_model: "torch.nn.Module",
     optimizer: "torch.optim.Optimizer",
 ) -> Distance:
-    """Returns how far the moments and step counts of Adam or AdamW are apart.
+    """Returns how far the moments, their maxima and step counts of Adam or AdamW are apart.
 
     Args:
       flax_model: the model.
@@ -89,7 +89,8 @@ def adam_distance(
     found = _adam_state(state)
     names = {parameter: name for name, parameter in torch_model.named_parameters()}
     ours, theirs = {}, {}
-    for moment, key in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
+    moments = [("mu", "exp_avg"), ("nu", "exp_avg_sq"), ("nu_max", "max_exp_avg_sq")]
+    for moment, key in (row for row in moments if row[0] in found._fields):
         model = nnx.clone(flax_model)
         nnx.update(model, getattr(found, moment))
         named = interop.state_dict(model)

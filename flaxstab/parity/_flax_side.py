@@ -25,6 +25,7 @@ class _Program(NamedTuple):
       params: the parameters.
       rest: statistics and random streams.
       floats: the floating-point inputs.
+      is_module: whether there is a mode, and statistics may change.
     """
 
     train: Apply
@@ -32,6 +33,7 @@ class _Program(NamedTuple):
     params: object
     rest: object
     floats: list[Array]
+    is_module: bool
 
 
 class FlaxSide:
@@ -84,7 +86,7 @@ class FlaxSide:
         target = self.target
         if not isinstance(target, nnx.Module):
             function: Apply = jax.jit(lambda _, rest, xs: (target(*filled(xs)), rest))
-            return _Program(function, function, {}, {}, floats)
+            return _Program(function, function, {}, {}, floats, is_module=False)
         wide = np.float64 if dtype == np.float64 else np.float32
         params, rest = (
             jax.tree.map(lambda a: jnp.asarray(a, wide) if is_float(a) else a, tree)
@@ -102,7 +104,8 @@ class FlaxSide:
 
         evaluating = nnx.clone(target)
         evaluating.eval()
-        return _Program(apply_mode(target), apply_mode(evaluating), params, rest, floats)
+        train, evaluate = apply_mode(target), apply_mode(evaluating)
+        return _Program(train, evaluate, params, rest, floats, is_module=True)
 
     def _named(self, found: Mapping[str, object]) -> Values:
         """Gives every array its PyTorch name and layout; a tree of variables becomes several."""
@@ -127,8 +130,8 @@ def _quantities(
     param_grads, float_grads = pullback(jnp.asarray(inputs.cotangent, output.dtype))
     found: dict[str, object] = {"output": output}
     found |= {f"grad input {i}": g for i, g in enumerate(float_grads)}
-    if not jax.tree.leaves((params, rest)):
-        return found
+    if not program.is_module:
+        return {**found, "evaluation": output}
     found["grad"] = param_grads
     for step in range(1, max(STEPS) + 1):
         if step in STEPS:

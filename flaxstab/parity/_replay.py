@@ -22,7 +22,7 @@ def replayed_dropout(
     """Gives the torch model the dropout masks that the Flax model would draw now.
 
     Run torch's step inside the block, then the Flax step: both drop the same elements. The Flax
-    model's streams are read, not advanced.
+    model's streams are read, not advanced; a layer that is called twice draws two masks.
 
     Args:
       flax_model: a model in training mode with :class:`flaxstab.dropout.Dropout` layers.
@@ -56,18 +56,19 @@ def replayed_dropout(
 
 
 def _hook(source: Dropout, layout: Layout) -> object:
+    stream = nnx.clone(source.rngs)
+
     def hook(
         module: "torch.nn.Dropout", inputs: "tuple[torch.Tensor]", output: "torch.Tensor"
     ) -> "torch.Tensor":
         import torch
 
-        if not module.training or source.rngs is None or module.p == 0:
+        if not module.training or stream is None or module.p == 0:
             return output
         x = inputs[0]
         image = layout == "image" and x.ndim > 2
         shape = (x.shape[0], *x.shape[2:], x.shape[1]) if image else tuple(x.shape)
-        key = nnx.clone(source.rngs)()
-        mask = np.asarray(functional.dropout_mask(key, source.p, shape))
+        mask = np.asarray(functional.dropout_mask(stream(), source.p, shape))
         kept = torch.tensor(channels_first(mask, layout)).to(x.dtype)
         return x * (kept * (0.0 if source.p == 1 else 1 / (1 - source.p)))
 

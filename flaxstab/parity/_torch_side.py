@@ -53,19 +53,27 @@ class TorchSide:
         arrays = [torch.tensor(channels_first(a, inputs.layout)) for a in inputs.arrays]
         tensors = [a.to(kind).requires_grad_() if a.is_floating_point() else a for a in arrays]
         module = None if self.module is None else copy.deepcopy(self.module).to(kind)
-        output = (module or self.function)(*tensors)
+        output = (self.function if module is None else module)(*tensors)
         cotangent = torch.tensor(channels_first(inputs.cotangent, inputs.layout)).to(output.dtype)
+        if output.shape != cotangent.shape:
+            raise ValueError(
+                "both sides must have outputs of one shape, "
+                f"got {tuple(cotangent.shape)} from Flax (in torch's layout) and "
+                f"{tuple(output.shape)} from PyTorch. For images pass layout='image'."
+            )
         floats = [t for t in tensors if t.requires_grad]
         named = {} if module is None else dict(module.named_parameters())
-        grads = torch.autograd.grad(output, [*floats, *named.values()], cotangent)
+        grads = torch.autograd.grad(
+            output, [*floats, *named.values()], cotangent, allow_unused=True, materialize_grads=True
+        )
         found = {"output": channels_last(_numpy(output), inputs.layout)}
         for i, grad in enumerate(grads[: len(floats)]):
             found[f"grad input {i}"] = channels_last(_numpy(grad), inputs.layout)
         for name, grad in zip(named, grads[len(floats) :], strict=True):
             found[f"grad {name}"] = _numpy(grad)
-        if module is not None:
-            found |= _trained(module, tensors, inputs)
-        return found
+        if module is None:
+            return {**found, "evaluation": found["output"]}
+        return {**found, **_trained(module, tensors, inputs)}
 
 
 def _trained(

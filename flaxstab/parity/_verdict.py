@@ -93,7 +93,7 @@ def judge_numerics(
         for d in (_distance(ours, oracle), _distance(theirs, oracle))
     )
     verdict = Verdict.AGREE
-    if jax_error > 2 * torch_error + 2:
+    if not jax_error <= 2 * torch_error + 2:  # also for NaN
         verdict = Verdict.JAX_WORSE
     elif torch_error > 2 * jax_error + 2:
         verdict = Verdict.TORCH_WORSE
@@ -115,4 +115,4 @@ def _mismatch(a: np.ndarray, b: np.ndarray) -> str:
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     finite = np.isfinite(a) & np.isfinite(b)
-    return float(np.max(np.abs(a - b), where=finite, initial=0))
+    return float(np.max(np.abs(np.subtract(a, b, where=finite, out=np.zeros(a.shape))), initial=0))

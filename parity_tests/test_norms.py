@@ -1,0 +1,298 @@
+"""Normalisation layers against PyTorch, closed forms and the concatenated batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch.nn import functional as F  # noqa: N812
+
+import torch_ref.norms
+from flaxstab import functional, interop, norms
+from flaxstab.parity import compare
+from parity_tests.support.cases import values
+from parity_tests.support.layers import assert_same, assert_twins
+
+C = 4
+SPACE = {"1d": (), "1d with space": (7,), "2d": (5, 3), "3d": (3, 2, 2)}
+PLAIN = (np.float32, jnp.bfloat16)
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """Gives parameters and running statistics values that no default hides."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return module
+
+
+def assert_parity(
+    ours: Callable[..., object],
+    theirs: Callable[..., object],
+    *shape: int,
+    layout: str | None = "image",
+    dtypes: tuple[object, ...] = (),
+) -> None:
+    report = compare(ours, randomised(theirs), values(*shape), layout=layout, dtypes=dtypes)
+    assert report.passed, str(report)
+
+
+BATCH_NORM = {
+    "1d": torch.nn.BatchNorm1d, "1d with space": torch.nn.BatchNorm1d,
+    "2d": torch.nn.BatchNorm2d, "3d": torch.nn.BatchNorm3d,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BATCH_NORM)
+def test_one_batch_norm_serves_every_rank(kind: str) -> None:
+    assert_parity(norms.BatchNorm(C), BATCH_NORM[kind](C), 5, *SPACE[kind], C)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.3, "eps": 1e-3},
+        {"momentum": None},
+        {"momentum": 0.0},
+        {"bias": False},
+        {"track_running_stats": False},
+        {"affine": False, "track_running_stats": False},
+    ],
+    ids=str,
+)
+def test_batch_norm_options_are_torchs(options: dict[str, object]) -> None:
+    assert_parity(norms.BatchNorm(C, **options), torch.nn.BatchNorm2d(C, **options), 3, 4, 2, C)
+
+
+def test_batch_norm_of_two_values_is_torchs() -> None:
+    """Directly: the gradient's terms cancel to 1e-4 of their size, which the harness' M misses."""
+    assert_twins(
+        lambda x, scale, bias: functional.batch_norm(x, scale, bias)[0],
+        lambda x, scale, bias: F.batch_norm(x, None, None, scale, bias, training=True),
+        values(2, C),
+        values(C, seed=1),
+        values(C, seed=2),
+    )
+
+
+def test_batch_norm_is_as_precise_as_torchs() -> None:
+    ours, theirs = norms.BatchNorm(C), torch.nn.BatchNorm2d(C)
+    assert_parity(ours, theirs, 6, 8, 8, C, dtypes=PLAIN)
+
+
+def test_ghost_batch_norm_is_document_2s() -> None:
+    """33 rows at 32 are 17 and 16, and two updates."""
+    theirs = torch_ref.norms.GhostBatchNorm(C, 32)
+    assert_parity(norms.GhostBatchNorm(C, 32), theirs, 33, C, dtypes=(np.float32,))
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"), [(6, {"affine": False}), (7, {"momentum": None})], ids=str
+)
+def test_ghost_batch_norm_options_are_the_references(options: dict[str, object], rows: int) -> None:
+    theirs = torch_ref.norms.GhostBatchNorm(C, 3, **options)
+    assert_parity(norms.GhostBatchNorm(C, 3, **options), theirs, rows, 3, C)
+
+
+def test_a_ghost_of_the_whole_batch_is_batch_norm() -> None:
+    assert_parity(norms.GhostBatchNorm(C, 8), torch.nn.BatchNorm1d(C), 8, C)
+
+
+def test_a_ghost_of_one_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norms.GhostBatchNorm(C, 2)(jnp.ones((5, C)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        (C, {}),
+        ((C,), {"elementwise_affine": False}),
+        ((3, C), {"bias": False}),
+        ((5, 3, C), {"eps": 1e-3}),
+    ],
+    ids=str,
+)
+def test_layer_norm_is_torchs(shape: tuple[int, ...], options: dict[str, object]) -> None:
+    ours, theirs = norms.LayerNorm(shape, **options), torch.nn.LayerNorm(shape, **options)
+    assert_parity(ours, theirs, 2, 5, 3, C, layout=None)
+
+
+def test_layer_norm_is_as_precise_as_torchs() -> None:
+    assert_parity(norms.LayerNorm(64), torch.nn.LayerNorm(64), 16, 64, layout=None, dtypes=PLAIN)
+
+
+@pytest.mark.parametrize("kind", SPACE)
+def test_group_norm_serves_every_rank(kind: str) -> None:
+    assert_parity(norms.GroupNorm(2, C), torch.nn.GroupNorm(2, C), 3, *SPACE[kind], C)
+
+
+@pytest.mark.parametrize(
+    ("groups", "options"), [(1, {"bias": False, "eps": 1e-3}), (C, {"affine": False})], ids=str
+)
+def test_group_norm_options_are_torchs(groups: int, options: dict[str, object]) -> None:
+    ours, theirs = norms.GroupNorm(groups, C, **options), torch.nn.GroupNorm(groups, C, **options)
+    assert_parity(ours, theirs, 3, 5, 3, C)
+
+
+def test_group_norm_is_as_precise_as_torchs() -> None:
+    assert_parity(norms.GroupNorm(4, 16), torch.nn.GroupNorm(4, 16), 3, 5, 6, 16, dtypes=PLAIN)
+
+
+INSTANCE_NORM = {
+    "1d with space": torch.nn.InstanceNorm1d,
+    "2d": torch.nn.InstanceNorm2d,
+    "3d": torch.nn.InstanceNorm3d,
+}
+
+
+@pytest.mark.parametrize("kind", INSTANCE_NORM)
+def test_instance_norm_serves_every_rank(kind: str) -> None:
+    assert_parity(norms.InstanceNorm(C), INSTANCE_NORM[kind](C), 3, *SPACE[kind], C)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"affine": True, "bias": False},
+        {"track_running_stats": True, "affine": True, "momentum": 0.3, "eps": 1e-3},
+        {"track_running_stats": True, "momentum": None},
+    ],
+    ids=str,
+)
+def test_instance_norm_options_are_torchs(options: dict[str, object]) -> None:
+    assert_parity(
+        norms.InstanceNorm(C, **options), torch.nn.InstanceNorm2d(C, **options), 3, 5, 3, C
+    )
+
+
+def test_instance_norm_is_as_precise_as_torchs() -> None:
+    options = {"affine": True, "track_running_stats": True}
+    ours, theirs = norms.InstanceNorm(C, **options), torch.nn.InstanceNorm2d(C, **options)
+    assert_parity(ours, theirs, 3, 8, 8, C, dtypes=PLAIN)
+
+
+def test_instance_norm_never_counts() -> None:
+    layer = norms.InstanceNorm(C, track_running_stats=True)
+    layer(jnp.asarray(values(2, 3, C), jnp.float32))
+    assert layer.count[...] == 0
+    assert (np.asarray(layer.mean[...]) != 0).all()
+
+
+# Per-layer behaviour that PyTorch has too, checked without the harness.
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_an_empty_batch_counts_and_changes_nothing_else_as_in_torch(rows: int) -> None:
+    theirs = randomised(torch.nn.BatchNorm2d(C).double())
+    with jax.enable_x64(True):
+        ours = norms.BatchNorm(C, param_dtype=jnp.float64)
+        interop.load_state_dict(ours, theirs.state_dict())
+        x = values(rows, 2, 2, C)
+        y = ours(jnp.asarray(x))
+        assert_same(y, theirs(torch.tensor(x).movedim(-1, 1)).movedim(1, -1))
+        assert_same(ours.mean[...], theirs.running_mean)
+        assert_same(ours.var[...], theirs.running_var)
+    assert ours.count[...] == 1
+    assert theirs.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("layer", [norms.GhostBatchNorm(C, 2), norms.GroupNorm(2, C)], ids=str)
+def test_an_empty_batch_comes_back(layer: nnx.Module) -> None:
+    assert layer(jnp.ones((0, 3, C))).shape == (0, 3, C)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (norms.BatchNorm(C), (1, C), "more than 1 value per channel in training"),
+        (norms.BatchNorm(C), (1, 1, 1, C), r"Use a larger batch, or use_running_average=True\."),
+        (norms.GroupNorm(C, C), (1, C), "more than 1 value per group"),
+        (norms.InstanceNorm(C), (3, 1, C), "more than 1 spatial element"),
+        (norms.InstanceNorm(C), (3, C), "instance normalisation needs batch and spatial axes"),
+        (norms.BatchNorm(C), (C,), "batch normalisation needs a batch axis"),
+        (norms.GhostBatchNorm(C, 2), (C,), "batch normalisation needs a batch axis"),
+        (norms.GroupNorm(2, C), (C,), "group normalisation needs a batch axis"),
+        (norms.BatchNorm(C), (2, C + 1), "last axis must have num_features elements, got"),
+        (norms.GhostBatchNorm(C, 2), (2, C + 1), "last axis must have num_features elements"),
+        (norms.InstanceNorm(C), (2, 3, C + 1), "last axis must have num_features elements"),
+        (norms.GroupNorm(2, C), (2, C + 1), "last axis must have num_channels elements"),
+        (norms.LayerNorm((3, C)), (2, C, 3), "the input's last axes must be normalized_shape"),
+        (norms.LayerNorm((3, C)), (C,), "the input's last axes must be normalized_shape"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(
+    layer: nnx.Module, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer(jnp.ones(shape))
+
+
+def test_one_value_per_channel_is_fine_in_evaluation() -> None:
+    assert norms.BatchNorm(C)(jnp.ones((1, C)), use_running_average=True).shape == (1, C)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: norms.BatchNorm(0), "num_features must be an integer of at least 1"),
+        (lambda: norms.BatchNorm(C, eps=-1.0), "eps must be at least 0, got eps=-1.0"),
+        (lambda: norms.BatchNorm(C, momentum=1.1), r"momentum must lie in \[0, 1\] or be None"),
+        (lambda: norms.InstanceNorm(C, momentum=-0.1), r"Flax's 0.99 is PyTorch's 0.01\."),
+        (lambda: norms.GhostBatchNorm(C, 0), "virtual_batch_size must be an integer of at least 1"),
+        (lambda: norms.GroupNorm(0, C), "num_groups must be an integer of at least 1"),
+        (lambda: norms.GroupNorm(3, C), "num_groups must divide num_channels, got num_groups=3"),
+        (lambda: norms.LayerNorm(()), "normalized_shape must name at least one axis"),
+        (lambda: norms.LayerNorm((3, 0)), "normalized_shape must be an integer of at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_in_the_constructor(
+    build: Callable[..., object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_layer_norm_takes_a_list_and_keeps_a_tuple() -> None:
+    assert norms.LayerNorm([3, C]).normalized_shape == (3, C)
+
+
+@pytest.mark.parametrize("layer", [norms.BatchNorm(C), norms.GroupNorm(2, C), norms.LayerNorm(C)])
+def test_integers_are_refused(layer: nnx.Module) -> None:
+    with pytest.raises(ValueError, match="a layer computes in floating point, got dtype='int32'"):
+        layer(jnp.ones((2, 3, C), jnp.int32))
+
+
+def test_evaluation_without_statistics_uses_the_batchs() -> None:
+    layer = norms.BatchNorm(C, track_running_stats=False)
+    x = jnp.asarray(values(5, C), jnp.float32)
+    training = layer(x)
+    layer.eval()
+    np.testing.assert_array_equal(layer(x), training)
+
+
+def test_use_running_average_at_the_call_overrides_the_mode() -> None:
+    layer = norms.BatchNorm(C)
+    x = jnp.asarray(values(5, C), jnp.float32)
+    evaluated = layer(x, use_running_average=True)
+    assert layer.count[...] == 0
+    trained = layer(x)
+    layer.eval()
+    layer.mean[...], layer.var[...] = jnp.zeros(C), jnp.ones(C)
+    np.testing.assert_array_equal(layer(x), evaluated)
+    np.testing.assert_array_equal(layer(x, use_running_average=False), trained)
+    assert layer.count[...] == 2
+
+
+@pytest.mark.parametrize("make", [norms.BatchNorm, lambda c: norms.GhostBatchNorm(c, 2)])
+def test_statistics_are_followed_inside_nnx_jit(make: Callable[..., object]) -> None:
+    layer, twin = make(C), make(C)
+    x = jnp.asarray(values(6, C), jnp.float32)
+    nnx.jit(lambda m, x: m(x))(layer, x)
+    twin(x)
+    assert layer.count[...] == twin.count[...] > 0
+    np.testing.assert_allclose(layer.var[...], twin.var[...], rtol=jnp.finfo(jnp.float32).eps * 8)
