@@ -4,8 +4,20 @@ from typing import Protocol, TypeAlias
 
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int
 
-__all__ = ["Array", "ArrayLike", "AxisName", "DTypeLike", "Initializer", "Shape", "Sizes"]
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "AxisName",
+    "Bool",
+    "DTypeLike",
+    "Float",
+    "Initializer",
+    "Int",
+    "Shape",
+    "Sizes",
+]
 
 Shape: TypeAlias = tuple[int, ...]
 Sizes: TypeAlias = int | tuple[int, ...]  # one size for every spatial axis, or one per axis

@@ -2,10 +2,10 @@
 
 import jax
 
-from flaxstab._typing import Array
+from flaxstab._typing import Array, Float
 
 
-def gelu(x: Array) -> Array:
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Computes the exact Gaussian error linear unit, ``x * Phi(x)``.
 
     Same result as ``torch.nn.functional.gelu``.

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxstab._checks import check, check_probability
-from flaxstab._typing import Array, Shape
+from flaxstab._typing import Array, Bool, Float, Shape
 
 
-def dropout_mask(key: Array, p: float, shape: Shape) -> Array:
+def dropout_mask(key: Array, p: float, shape: Shape) -> Bool[Array, "..."]:
     """Draws which elements dropout keeps.
 
     Args:
@@ -25,7 +25,9 @@ def dropout_mask(key: Array, p: float, shape: Shape) -> Array:
     return jax.random.bernoulli(key, np.float32(1 - p), shape)
 
 
-def dropout(x: Array, p: float, mask: Array) -> Array:
+def dropout(
+    x: Float[Array, "*shape"], p: float, mask: Bool[Array, "..."]
+) -> Float[Array, "*shape"]:
     """Zeroes the elements that the mask drops and scales the others by ``1 / (1 - p)``.
 
     Same result as ``torch.nn.functional.dropout`` with the same mask. As in torch, the input is

@@ -7,13 +7,17 @@ import jax.numpy as jnp
 
 from flaxstab._checks import check, per_axis
 from flaxstab._dtypes import aligned
-from flaxstab._typing import Array, Shape, Sizes
+from flaxstab._typing import Array, Float, Shape, Sizes
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 _NUMPY_MODE = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
-def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
+def linear(
+    x: Float[Array, "*batch in"],
+    kernel: Float[Array, "in out"],
+    bias: Float[Array, " out"] | None = None,
+) -> Float[Array, "*batch out"]:
     """Computes ``x @ kernel + bias``.
 
     Same result as ``torch.nn.functional.linear`` with ``kernel`` transposed.
@@ -86,16 +90,16 @@ def _check_room(
 
 
 def conv(
-    x: Array,
-    kernel: Array,
-    bias: Array | None = None,
+    x: Float[Array, "*batch_and_space in"],
+    kernel: Float[Array, "*window in_per_group out"],
+    bias: Float[Array, " out"] | None = None,
     *,
     stride: Sizes = 1,
     padding: Sizes | str = 0,
     dilation: Sizes = 1,
     groups: int = 1,
     padding_mode: PaddingMode = "zeros",
-) -> Array:
+) -> Float[Array, "*batch_and_space out"]:
     """Computes a convolution (cross-correlation) over any number of spatial axes.
 
     Same result as ``torch.nn.functional.conv1d``, ``conv2d``, ``conv3d`` with axes moved.

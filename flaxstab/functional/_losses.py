@@ -7,20 +7,20 @@ import jax.numpy as jnp
 
 from flaxstab._checks import check
 from flaxstab._dtypes import aligned, widest
-from flaxstab._typing import Array
+from flaxstab._typing import Array, Float, Int
 
 Reduction = Literal["mean", "sum", "none"]
 
 
 def cross_entropy(
-    logits: Array,
-    labels: Array,
+    logits: Float[Array, "*batch classes"],
+    labels: Int[Array, "*batch"] | Float[Array, "*batch classes"],
     *,
-    weight: Array | None = None,
+    weight: Float[Array, " classes"] | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
-) -> Array:
+) -> Float[Array, "*batch"]:
     """Computes the cross entropy between logits and class labels.
 
     Same result as ``torch.nn.functional.cross_entropy``, with classes on the last axis. With
@@ -136,7 +136,7 @@ def _soft(log_p: Array, target: Array, weight: Array, smoothing: float) -> tuple
     return losses, jnp.asarray(losses.size, log_p.dtype)
 
 
-def l1_penalty(*arrays: Array) -> Array:
+def l1_penalty(*arrays: Float[Array, "..."]) -> Float[Array, ""]:
     """Returns the sum of absolute values of all elements, in float32 or wider.
 
     Args:
@@ -147,7 +147,7 @@ def l1_penalty(*arrays: Array) -> Array:
     return sum(terms, jnp.zeros((), wide))
 
 
-def l2_penalty(*arrays: Array) -> Array:
+def l2_penalty(*arrays: Float[Array, "..."]) -> Float[Array, ""]:
     """Returns half the sum of squares of all elements, in float32 or wider.
 
     The half makes the gradient the parameter itself, so that ``decay * l2_penalty`` equals

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from flaxstab._checks import check
 from flaxstab._dtypes import aligned, output_dtype, widest
-from flaxstab._typing import Array, AxisName, DTypeLike, Shape
+from flaxstab._typing import Array, AxisName, Bool, DTypeLike, Float, Int, Shape
 from flaxstab.functional._moments import Moments, group_moments, moments
 
 
@@ -19,9 +19,9 @@ class RunningStats(NamedTuple):
       batches: how many batches have been seen, an integer scalar.
     """
 
-    mean: Array
-    var: Array
-    batches: Array
+    mean: Float[Array, " c"]
+    var: Float[Array, " c"]
+    batches: Int[Array, ""]
 
     def update(self, mean: Array, unbiased_var: Array, momentum: float | None) -> "RunningStats":
         """Moves the statistics towards a new batch's, as ``torch.nn.BatchNorm2d`` does.
@@ -81,17 +81,17 @@ def normalize(
 
 
 def batch_norm(
-    x: Array,
-    scale: Array | None = None,
-    bias: Array | None = None,
+    x: Float[Array, "n *space c"],
+    scale: Float[Array, " c"] | None = None,
+    bias: Float[Array, " c"] | None = None,
     running: RunningStats | None = None,
     *,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
-    mask: Array | None = None,
+    mask: Bool[Array, "..."] | None = None,
     axis_name: AxisName | None = None,
     dtype: DTypeLike | None = None,
-) -> tuple[Array, RunningStats | None]:
+) -> tuple[Float[Array, "n *space c"], RunningStats | None]:
     """Normalises every channel by the batch's own statistics and updates the running ones.
 
     Same result as ``torch.nn.functional.batch_norm(training=True)``: the output uses the biased
@@ -150,14 +150,14 @@ def _follow(running: RunningStats, found: Moments, momentum: float | None) -> Ru
 
 
 def batch_norm_inference(
-    x: Array,
+    x: Float[Array, "n *space c"],
     running: RunningStats,
-    scale: Array | None = None,
-    bias: Array | None = None,
+    scale: Float[Array, " c"] | None = None,
+    bias: Float[Array, " c"] | None = None,
     *,
     eps: float = 1e-5,
     dtype: DTypeLike | None = None,
-) -> Array:
+) -> Float[Array, "n *space c"]:
     """Normalises every channel by running statistics, which stay as they are.
 
     Same result as ``torch.nn.functional.batch_norm(training=False)``. The statistics are never
@@ -181,14 +181,14 @@ def batch_norm_inference(
 
 
 def layer_norm(
-    x: Array,
+    x: Float[Array, "*batch_and_features"],
     normalized_shape: Shape,
-    scale: Array | None = None,
-    bias: Array | None = None,
+    scale: Float[Array, "*features"] | None = None,
+    bias: Float[Array, "*features"] | None = None,
     *,
     eps: float = 1e-5,
     dtype: DTypeLike | None = None,
-) -> Array:
+) -> Float[Array, "*batch_and_features"]:
     """Normalises each sample over its trailing axes.
 
     Same result as ``torch.nn.functional.layer_norm``.
@@ -222,14 +222,14 @@ def layer_norm(
 
 
 def group_norm(
-    x: Array,
+    x: Float[Array, "n *space c"],
     num_groups: int,
-    scale: Array | None = None,
-    bias: Array | None = None,
+    scale: Float[Array, " c"] | None = None,
+    bias: Float[Array, " c"] | None = None,
     *,
     eps: float = 1e-5,
     dtype: DTypeLike | None = None,
-) -> Array:
+) -> Float[Array, "n *space c"]:
     """Normalises each sample over space and groups of neighbouring channels.
 
     Same result as ``torch.nn.functional.group_norm``.
@@ -265,15 +265,15 @@ def group_norm(
 
 
 def instance_norm(
-    x: Array,
-    scale: Array | None = None,
-    bias: Array | None = None,
+    x: Float[Array, "n *space c"],
+    scale: Float[Array, " c"] | None = None,
+    bias: Float[Array, " c"] | None = None,
     running: RunningStats | None = None,
     *,
     momentum: float = 0.1,
     eps: float = 1e-5,
     dtype: DTypeLike | None = None,
-) -> tuple[Array, RunningStats | None]:
+) -> tuple[Float[Array, "n *space c"], RunningStats | None]:
     """Normalises each channel of each sample over space and updates running statistics.
 
     Same result as ``torch.nn.functional.instance_norm(use_input_stats=True)``: the running mean

@@ -6,7 +6,7 @@ import numpy as np
 
 from flaxstab._checks import check, check_positive, per_axis
 from flaxstab._dtypes import aligned, widest
-from flaxstab._typing import Array, Shape, Sizes
+from flaxstab._typing import Array, Float, Shape, Sizes
 
 
 def _rank(x: Array) -> int:
@@ -78,14 +78,14 @@ class _Windows:
 
 
 def max_pool(
-    x: Array,
+    x: Float[Array, "n *space c"],
     kernel_size: Sizes,
     stride: Sizes | None = None,
     padding: Sizes = 0,
     dilation: Sizes = 1,
     *,
     ceil_mode: bool = False,
-) -> Array:
+) -> Float[Array, "n *out c"]:
     """Takes the maximum of each window.
 
     Same result as ``torch.nn.functional.max_pool1d``, ``max_pool2d``, ``max_pool3d``.
@@ -148,7 +148,7 @@ def _window_counts(windows: _Windows, space: Shape, *, padded: bool) -> np.ndarr
 
 
 def avg_pool(
-    x: Array,
+    x: Float[Array, "n *space c"],
     kernel_size: Sizes,
     stride: Sizes | None = None,
     padding: Sizes = 0,
@@ -156,7 +156,7 @@ def avg_pool(
     ceil_mode: bool = False,
     count_include_pad: bool = True,
     divisor_override: int | None = None,
-) -> Array:
+) -> Float[Array, "n *out c"]:
     """Averages each window.
 
     Same result as ``torch.nn.functional.avg_pool1d``, ``avg_pool2d``, ``avg_pool3d``. Sums in
@@ -199,7 +199,9 @@ def avg_pool(
     return jnp.asarray(total, x.dtype)
 
 
-def adaptive_avg_pool(x: Array, output_size: Sizes) -> Array:
+def adaptive_avg_pool(
+    x: Float[Array, "n *space c"], output_size: Sizes
+) -> Float[Array, "n *out c"]:
     """Averages so many windows per axis that the result has ``output_size``.
 
     Same result as ``torch.nn.functional.adaptive_avg_pool1d``, ``…2d``, ``…3d``: window ``i`` of
