@@ -97,7 +97,7 @@ def test_our_error_may_be_twice_torchs_plus_2_eps(
     assert finding.verdict == verdict
     assert finding.passed == (verdict != Verdict.JAX_WORSE)
     assert finding.dtype == np.dtype(dtype).name
-    assert "eps of the magnitude off float64" in finding.explanation
+    assert "eps of its sensitivity off float64" in finding.explanation
 
 
 def test_an_unknown_magnitude_never_passes() -> None:
@@ -137,6 +137,37 @@ def test_nan_and_infinity_do_not_hide_the_magnitude() -> None:
     with jax.enable_x64(True):
         x = jnp.array([1.0, jnp.nan, 3.0, jnp.inf])
         assert parity.magnitude(lambda x: {"same": x}, x)["same"].tolist() == [3.0] * 4
+
+
+def test_the_magnitude_knows_terms_that_cancel_inside_and_the_sensitivity_does_not() -> None:
+    """(x + 1e6) - 1e6 is x: its terms are a million times larger than what x moves."""
+
+    def detour(x: jax.Array) -> dict[str, jax.Array]:
+        return {"same": (x + 1e6) - 1e6}
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(values(5))
+        inside, alone = (
+            float(f(detour, x)["same"].max()) for f in (parity.magnitude, parity.sensitivity)
+        )
+        size = float(jnp.max(jnp.abs(x)))
+    assert 1e6 <= inside <= 3e6
+    assert size <= alone <= size * (1 + 1e-6)
+
+
+def test_a_poor_algorithm_has_the_sensitivity_of_a_good_one() -> None:
+    def one_pass(x: jax.Array) -> dict[str, jax.Array]:
+        return {"var": jnp.mean(x * x) - jnp.mean(x) ** 2}
+
+    def two_pass(x: jax.Array) -> dict[str, jax.Array]:
+        return {"var": jnp.mean((x - jnp.mean(x)) ** 2)}
+
+    with jax.enable_x64(True):
+        x = jnp.asarray(values(200, offset=1e3, scale=1.0))
+        poor, good = (float(parity.sensitivity(f, x)["var"]) for f in (one_pass, two_pass))
+        worse, better = (float(parity.magnitude(f, x)["var"]) for f in (one_pass, two_pass))
+    assert abs(poor - good) <= 1e-6 * good  # float64 computes both to 1e6 * eps
+    assert worse > 100 * better
 
 
 def test_the_magnitude_repeats_with_the_seed() -> None:

@@ -11,7 +11,7 @@ from flax import nnx
 from flaxstab import interop
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.parity._inputs import STEPS, Inputs, Values, growth, is_float
-from flaxstab.parity._magnitude import magnitude
+from flaxstab.parity._magnitude import Measure
 
 Apply = Callable[[object, object, list[Array]], tuple[Array, object]]
 
@@ -62,8 +62,8 @@ class FlaxSide:
             program = self._program(inputs.arrays, dtype)
             return self._named(_quantities(program, inputs, program.params, program.floats))
 
-    def magnitudes(self, inputs: Inputs) -> dict[str, float]:
-        """Returns the magnitude M of every quantity."""
+    def sizes(self, inputs: Inputs, measure: Measure) -> dict[str, float]:
+        """Returns the magnitude, or the sensitivity, of every quantity."""
         with jax.enable_x64(True):
             program = self._program(inputs.arrays, np.float64)
 
@@ -71,7 +71,7 @@ class FlaxSide:
                 found = _quantities(program, inputs, params, floats)
                 return jax.tree.map(lambda a: a if is_float(a) else jnp.zeros(a.shape), found)
 
-            filled = self._named(magnitude(compute, program.params, program.floats))
+            filled = self._named(measure(compute, program.params, program.floats))
         return {name: float(np.max(array, initial=0)) for name, array in filled.items()}
 
     def _program(self, arrays: tuple[np.ndarray, ...], dtype: DTypeLike) -> _Program:

@@ -19,19 +19,23 @@ _EXACT = {  # operations that round nothing
 }  # fmt: skip
 
 Dual = tuple[Array, Array | None]  # a value, and its change if it is floating point
+Move = Callable[[Array, Array | None], Array | None]  # from a dual to its new change
+Compute = Callable[..., Mapping[str, object]]
+Measure = Callable[..., Mapping[str, object]]  # magnitude or sensitivity
 
 
-def magnitude(
-    compute: Callable[..., Mapping[str, object]], *arguments: object, seed: int = 0
-) -> Mapping[str, object]:
-    """Returns the magnitude M of each result, in whose eps its errors are counted.
+def magnitude(compute: Compute, *arguments: object, seed: int = 0) -> Mapping[str, object]:
+    """Returns the magnitude M of each result: eps * M is what rounding in this program can do.
 
     Every element of every argument and of every intermediate result is moved by one unit of its
     own size with a random sign, to first order; M is the largest move that a result shows, or
-    its largest value if that is more. So eps * M is what rounding alone can do. For a sum this
-    is about its largest term or more, also where terms cancel, inside the computation too:
-    BatchNorm's input gradient on two samples is 0 up to eps, the terms that make it are not.
-    NaN and infinity count as 0.
+    its largest value if that is more. For a sum this is about its largest term or more, also
+    where terms cancel inside the computation: BatchNorm's input gradient on two samples is 0 up
+    to eps, the terms that make it are not. NaN and infinity count as 0.
+
+    A poor algorithm has larger terms and so a larger M: it bounds how far two programs of the
+    same meaning may be apart, not how far off a good one should be. For that see
+    :func:`sensitivity`.
 
     Args:
       compute: a differentiable function to a tree of floating-point arrays.
@@ -45,15 +49,38 @@ def magnitude(
       D. S. Parker, "Monte Carlo Arithmetic", 1997, UCLA CSD-970002 (random rounding as a
       measure of it).
     """
+    rng = np.random.default_rng(seed)
+    return _measure(compute, arguments, rng, lambda value, change: _moved(value, change, rng))
+
+
+def sensitivity(compute: Compute, *arguments: object, seed: int = 0) -> Mapping[str, object]:
+    """Returns how far each result moves if the arguments alone move by one unit of their size.
+
+    As :func:`magnitude`, without moving intermediate results: a property of the function and its
+    arguments, the same for every algorithm. eps times it is the error that no program avoids.
+
+    Args:
+      compute: a differentiable function to a tree of floating-point arrays.
+      *arguments: trees of floating-point arrays, float64 for a reliable result.
+      seed: of the random signs.
+
+    Returns:
+      A tree like the result's, each array filled with its sensitivity.
+    """
+    return _measure(compute, arguments, np.random.default_rng(seed), lambda _, change: change)
+
+
+def _measure(
+    compute: Compute, arguments: tuple[object, ...], rng: np.random.Generator, move: Move
+) -> Mapping[str, object]:
     closed, shapes = jax.make_jaxpr(compute, return_shape=True)(*arguments)
     leaves, results = jax.tree.leaves(arguments), jax.tree.leaves(shapes)
-    rng = np.random.default_rng(seed)
     largest = [0.0] * len(results)
     for _ in range(_DRAWS):
         moved = [(leaf, _moved(leaf, None, rng)) for leaf in leaves]
-        for i, dual in enumerate(_run(closed, moved, rng)):
+        for i, dual in enumerate(_run(closed, moved, move)):
             largest[i] = max(largest[i], *map(_size, dual))
-    filled = [jnp.full(s.shape, m) for s, m in zip(jax.tree.leaves(shapes), largest, strict=True)]
+    filled = [jnp.full(s.shape, m) for s, m in zip(results, largest, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(shapes), filled)
 
 
@@ -71,8 +98,8 @@ def _moved(value: Array, change: Array | None, rng: np.random.Generator) -> Arra
     return own if change is None else change + own
 
 
-def _run(closed: core.ClosedJaxpr, duals: Sequence[Dual], rng: np.random.Generator) -> list[Dual]:
-    """Evaluates a program on values and their changes, moving every intermediate result."""
+def _run(closed: core.ClosedJaxpr, duals: Sequence[Dual], move: Move) -> list[Dual]:
+    """Evaluates a program on values and their changes, moving every rounded result."""
     jaxpr = closed.jaxpr
     known: dict[object, Dual] = {}
     known |= dict(
@@ -89,10 +116,10 @@ def _run(closed: core.ClosedJaxpr, duals: Sequence[Dual], rng: np.random.Generat
         if body is None or eqn.primitive.name in _LOOPS:
             outputs = _apply(eqn, inputs)
             if eqn.primitive.name not in _EXACT:
-                outputs = [(value, _moved(value, change, rng)) for value, change in outputs]
+                outputs = [(value, move(value, change)) for value, change in outputs]
         else:
             program = body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
-            outputs = _run(program, inputs, rng)
+            outputs = _run(program, inputs, move)
         known |= dict(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

@@ -27,8 +27,8 @@ class Finding(NamedTuple):
       name: the quantity, by PyTorch's names.
       verdict: what was found.
       dtype: the precision that was judged.
-      jax_error: for float64 the difference between the sides, else JAX's error; both in units of
-        the quantity's magnitude (float64) or in eps of it.
+      jax_error: in float64 the difference between the sides, in units of the magnitude; else
+        JAX's error, in eps of the sensitivity.
       torch_error: PyTorch's error in the same unit.
       explanation: one sentence.
     """
@@ -70,24 +70,24 @@ def judge_numerics(
     ours: np.ndarray,
     theirs: np.ndarray,
     oracle: np.ndarray,
-    magnitude: float,
+    sensitivity: float,
     dtype: DTypeLike,
 ) -> Finding:
-    """Judges a low-precision quantity: our error may be 2x torch's plus 2 eps of the magnitude.
+    """Judges a low-precision quantity: our error may be 2x torch's plus 2 eps of the sensitivity.
 
     Args:
       name: the quantity.
       ours: JAX's value at the dtype.
       theirs: PyTorch's value at the dtype.
       oracle: the float64 value for the same inputs.
-      magnitude: M of the quantity.
+      sensitivity: of the quantity to its inputs.
       dtype: the precision judged.
     """
     label = np.dtype(dtype).name
     mismatch = _mismatch(ours, oracle) or _mismatch(theirs, oracle)
     if mismatch:
         return Finding(name, Verdict.SEMANTICS_DIFFER, label, np.inf, np.inf, mismatch)
-    unit = float(jnp.finfo(dtype).eps) * magnitude
+    unit = float(jnp.finfo(dtype).eps) * sensitivity
     jax_error, torch_error = (
         d / unit if unit else (np.inf if d else 0.0)
         for d in (_distance(ours, oracle), _distance(theirs, oracle))
@@ -97,7 +97,9 @@ def judge_numerics(
         verdict = Verdict.JAX_WORSE
     elif torch_error > 2 * jax_error + 2:
         verdict = Verdict.TORCH_WORSE
-    words = f"JAX is {jax_error:.2g} and PyTorch {torch_error:.2g} eps of the magnitude off float64"
+    words = (
+        f"JAX is {jax_error:.2g} and PyTorch {torch_error:.2g} eps of its sensitivity off float64"
+    )
     return Finding(name, verdict, label, jax_error, torch_error, words)
 
 
