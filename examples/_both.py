@@ -1,43 +1,22 @@
 """JAX and PyTorch step by step: same weights, same batches, same dropout masks."""
 
-from dataclasses import dataclass
-
+import jax.numpy as jnp
 import numpy as np
 import torch
 from _data import Cifar10
 from _jax_side import JaxRun
-from _plan import Evaluation, Plan, Step
+from _plan import Evaluation, Gap, Plan, Step
 from _torch_side import TorchRun
 
 from flaxstab import interop, parity
 
 
-@dataclass(frozen=True)
-class Gap:
-    """How far apart two runs are after a step: largest relative differences.
-
-    Attributes:
-      loss: of the training loss.
-      parameters: of any parameter tensor, relative to its largest element.
-      statistics: of any running statistic.
-      moments: of any tensor of the optimizer's state.
-      twin: of any parameter between the JAX run and its copy that started one eps away.
-      worst: the parameter tensor that is furthest apart.
-    """
-
-    loss: float
-    parameters: float
-    statistics: float
-    moments: float
-    twin: float
-    worst: str
-
-
 class BothRuns:
     """Trains JAX, its PyTorch twin, and a copy of the JAX run whose weights start one eps away.
 
-    The copy shows what rounding alone does: where JAX and PyTorch differ no more than the copy
-    does, nothing but growth of rounding is to be seen.
+    The copy, each weight of which starts one eps up or down at random, shows how one rounding
+    grows: JAX and PyTorch round differently at every step, so they may be some times further
+    apart, but not in another way.
 
     Args:
       plan: the run's settings.
@@ -50,8 +29,9 @@ class BothRuns:
         weights = interop.state_dict(self._jax.model)
         tensors = {name: torch.tensor(array) for name, array in weights.items()}
         self._torch.model.load_state_dict(tensors)
-        self._copy = self._jax.perturbed(1 + float(np.finfo(plan.storage).eps))
+        self._copy = self._jax.perturbed(float(jnp.finfo(plan.dtype).eps))
         self.gaps: list[Gap] = []
+        self.devices = self._jax.devices
         self._done = 0
 
     def start_epoch(self, order: np.ndarray) -> None:
@@ -86,13 +66,15 @@ class BothRuns:
         ours, theirs = (
             run.reports(self._done - 1, self._done)[0].loss for run in (self._jax, self._torch)
         )
-        parameters, statistics = parity.model_distances(model, self._torch.model)
+        # A bias that starts at 0 is as large as the steps it has taken: relative to the step size.
+        floor = self.plan.learning_rate
+        parameters, statistics = parity.model_distances(model, self._torch.model, floor=floor)
         moments = parity.adam_distance(
             model, self._jax.optimizer.opt_state, self._torch.model, self._torch.optimizer
         )
         named = dict(self._torch.model.named_parameters())
         pair = (interop.state_dict(m) for m in (self._copy.model, model))
-        twin = parity.distance(*({n: d[n] for n in named} for d in pair))
+        twin = parity.distance(*({n: d[n] for n in named} for d in pair), floor=floor)
         return Gap(
             abs(ours - theirs) / abs(theirs), parameters.value, statistics.value, moments.value,
             twin.value, parameters.name,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _data import Cifar10
-from _plan import Evaluation, Plan, Step
+from _plan import Evaluation, Gap, Plan, Step
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -53,6 +53,7 @@ class JaxRun:
 
     def __init__(self, plan: Plan, data: Cifar10) -> None:
         self.plan = plan
+        self.gaps: list[Gap] = []
         mesh = data_mesh(plan.batch_size)
         self._whole = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec("data"))
@@ -80,12 +81,23 @@ class JaxRun:
         """A copy of the optimizer as it is now."""
         return nnx.merge(self._graph, self._state, copy=True)[1]
 
-    def perturbed(self, factor: float) -> "JaxRun":
-        """Returns a copy whose weights are multiplied by a factor; it shares the compiled step."""
+    @property
+    def devices(self) -> int:
+        """How many devices the batches are spread over."""
+        return self._split.mesh.size
+
+    def perturbed(self, relative: float) -> "JaxRun":
+        """Returns a copy, which shares the compiled step, with every weight moved up or down."""
+        rng = np.random.default_rng(self.plan.seed)
+
+        def moved(weight: jax.Array) -> jax.Array:
+            signs = rng.choice([-relative, relative], weight.shape)
+            return weight * jnp.asarray(1 + signs, weight.dtype)
+
         other = copy.copy(self)
         model, optimizer = nnx.merge(self._graph, jax.tree.map(jnp.copy, self._state))
         weights = nnx.state(model, nnx.Param)
-        nnx.update(model, jax.tree.map(lambda w: w * jnp.asarray(factor, w.dtype), weights))
+        nnx.update(model, jax.tree.map(moved, weights))
         other._state = jax.device_put(nnx.state((model, optimizer)), self._whole)
         other._reports = jnp.copy(self._reports)
         return other

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from _both import Gap
-from _plan import Evaluation, Plan, Step
+from _plan import Evaluation, Gap, Plan, Step
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -27,6 +26,7 @@ class Result:
       evaluations: (steps taken, report) after each epoch.
       gaps: how far JAX and PyTorch were apart after each step, if both ran.
       twin: PyTorch's last evaluation, if both ran.
+      devices: how many devices the batches were spread over.
       seconds: time spent training, compilation included.
     """
 
@@ -35,6 +35,7 @@ class Result:
     evaluations: list[tuple[int, Evaluation]] = field(default_factory=list)
     gaps: Sequence[Gap] = ()
     twin: Evaluation | None = None
+    devices: int = 1
     seconds: float = 0.0
 
     @property
@@ -49,6 +50,7 @@ class Result:
             **asdict(self.plan),
             "steps_taken": len(self.steps),
             "finished": self.finished,
+            "devices": self.devices,
             "test_accuracy": last.accuracy if last else None,
             "test_loss": last.loss if last else None,
             "seconds": round(self.seconds, 2),
@@ -122,7 +124,11 @@ def draw_curves(results: Sequence[Result]) -> "plt.Figure":
             axis.set(title=f"{title}, batch {size}", xlabel="step", ymargin=0.08)
             axis.grid(alpha=0.3)
         row[0].legend()
+        row[1].axhline(0.1, color="black", lw=0.8, ls=":", label="chance")
+        row[1].legend()
         row[2].set_yscale("log")
+        row[2].axhline(1.0, color="black", lw=0.8, ls=":", label="clipped to")
+        row[2].legend()
     return figure
 
 
@@ -132,9 +138,11 @@ def _draw_run(row: Sequence["plt.Axes"], result: Result) -> None:
     row[0].plot(steps, [s.loss for s in result.steps], color=style["color"], alpha=0.15, lw=0.6)
     row[0].plot(steps, smoothed([s.loss for s in result.steps]), **style)
     at = [step for step, _ in result.evaluations]
-    row[1].plot(at, [e.accuracy for _, e in result.evaluations], marker="o", ms=3, **style)
-    row[2].plot(steps, smoothed([s.gradient_norm for s in result.steps]), **style)
-    row[3].plot(steps, [s.learning_rate for s in result.steps], **style)
+    accuracies = [e.accuracy for _, e in result.evaluations]
+    row[1].plot(at, accuracies, marker="o", ms=3, color=style["color"])
+    plain = {"color": style["color"]}
+    row[2].plot(steps, smoothed([s.gradient_norm for s in result.steps]), **plain)
+    row[3].plot(steps, [s.learning_rate for s in result.steps], **plain)
 
 
 def draw_agreement(results: Sequence[Result]) -> "plt.Figure":
@@ -155,9 +163,12 @@ def draw_agreement(results: Sequence[Result]) -> "plt.Figure":
         for kind, (label, style) in kinds.items():
             values = np.array([getattr(gap, kind) for gap in result.gaps])
             if values.any():
-                axis.plot(steps, np.where(values > 0, values, np.nan), label=label, lw=1, **style)
+                shown = steps[values > 0], values[values > 0]  # 0 has no place on a log scale
+                axis.plot(*shown, label=label, lw=1, marker=".", ms=3, **style)
         axis.set(title=f"{result.plan.name}, {result.plan.dtype}", xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel("largest relative difference, JAX to PyTorch")
-    axes[0][0].legend(fontsize=8)
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     return figure

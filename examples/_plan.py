@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -82,6 +82,27 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """How far apart JAX and PyTorch are after a step: largest relative differences.
+
+    Attributes:
+      loss: of the training loss.
+      parameters: of any parameter tensor, relative to its largest element or the learning rate.
+      statistics: of any running statistic.
+      moments: of any tensor of the optimizer's state.
+      twin: of any parameter between the JAX run and its copy that started one eps away.
+      worst: the parameter tensor that is furthest apart.
+    """
+
+    loss: float
+    parameters: float
+    statistics: float
+    moments: float
+    twin: float
+    worst: str
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What one pass over the test set reports."""
 
@@ -90,7 +111,17 @@ class Evaluation:
 
 
 class Run(Protocol):
-    """A training run in either framework, or in both."""
+    """A training run in either framework, or in both.
+
+    Attributes:
+      gaps: how far the frameworks were apart after each step; empty for one framework.
+    """
+
+    gaps: list[Gap]
+
+    @property
+    def devices(self) -> int:
+        """How many devices the batches are spread over."""
 
     def start_epoch(self, order: np.ndarray) -> None:
         """Sets the order of the epoch's samples."""
@@ -103,3 +134,11 @@ class Run(Protocol):
 
     def evaluate(self) -> Evaluation:
         """Returns loss and accuracy on the test set."""
+
+
+@runtime_checkable
+class EvaluatesTwin(Protocol):
+    """A run that has a twin in the other framework."""
+
+    def evaluate_twin(self) -> Evaluation:
+        """Returns the twin's loss and accuracy on the test set."""

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from _data import Cifar10
-from _plan import Evaluation, Plan, Step
+from _plan import Evaluation, Gap, Plan, Step
 from torch.nn import functional
 
 from torch_ref.models import StableCNN
@@ -27,6 +27,8 @@ class TorchRun:
 
     def __init__(self, plan: Plan, data: Cifar10, device: str = "cpu") -> None:
         self.plan = plan
+        self.gaps: list[Gap] = []
+        self.devices = 1
         torch.manual_seed(plan.seed)
         kind = torch.float64 if plan.dtype == "float64" else torch.float32
         sizes = {"widths": plan.widths, "groups": plan.groups}

@@ -4,7 +4,6 @@ Document 2, sections D and H-2: batch, ghost batch, group and layer normalisatio
 and why gradient accumulation does not help batch normalisation.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from _cli import LARGEST_SEED, Parser, leave, make_folder, whole
 from _data import Cifar10, load_small
 from _jax_side import JaxRun
 from _plan import Plan
@@ -131,11 +131,11 @@ def draw(noise: dict[str, list[float]], accuracies: dict[str, list[float]]) -> "
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser = Parser(description=__doc__.split("\n\n", maxsplit=1)[0])
     where = Path("runs/small_batch")
     parser.add_argument(
         "--samples",
-        type=int,
+        type=whole(max(BATCHES), 5000),
         default=1500,
         metavar="N",
         help="training images per run, 64 to 5000 (default: 1500)",
@@ -147,10 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="folder for the figure (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")  # fmt: skip
+    seeds = whole(0, LARGEST_SEED)
+    parser.add_argument("--seed", type=seeds, default=0, metavar="N", help="default: 0")
     options = parser.parse_args(arguments)
-    if not max(BATCHES) <= options.samples <= 5000:
-        parser.error(f"--samples must lie between 64 and 5000, got {options.samples}")
+    folder = make_folder(parser, options.output)
     console, data = Console(), load_small().normalized(np.dtype("float32"))
 
     noise = {n: [companion_noise(n, b, data.train_images) for b in BATCHES] for n in NORMS}
@@ -160,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for column in ("norm", "…one gradient of 64 images", "…Ghost BN (4) on 64 images"):
         table.add_column(column, justify="left" if column == "norm" else "right")
     for norm in ("batch", "group", "layer"):
-        whole, ghost = accumulation_gap(norm, data)
-        table.add_row(NORMS[norm], f"{whole:.1e}", f"{ghost:.1e}" if norm == "batch" else "-")
+        to_one, to_ghost = accumulation_gap(norm, data)
+        table.add_row(NORMS[norm], f"{to_one:.1e}", f"{to_ghost:.1e}" if norm == "batch" else "-")
     console.print(table)
     console.print("Accumulating does not enlarge the batch that BN sees: it is Ghost BN.\n")
 
@@ -178,12 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = f"Test accuracy after one pass over {options.samples} images"
     console.print(table_of(title, accuracies, ".1%"))
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "small_batch.png"
+    path = folder / "small_batch.png"
     draw(noise, accuracies).savefig(path, dpi=120)
     console.print(f"Written: [bold]{path}[/]", highlight=False)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

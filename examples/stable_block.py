@@ -7,18 +7,20 @@ both frameworks compute the same. Uses a GPU or TPU if there is one, and all dev
 
 import argparse
 import importlib.util
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import numpy as np
+from _cli import Parser, leave, whole
 from _data import Cifar10, DataError, load_binary, load_small
 from _output import Folder, Result, draw_agreement, draw_curves, largest_gaps
-from _plan import Plan, Run, Step
+from _plan import EvaluatesTwin, Plan, Run, Step
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -36,33 +38,6 @@ VARIANTS = {
 }
 REPORT_EVERY = 25  # steps between two looks at the device
 EVALUATIONS = 8  # over a run, besides the one before it
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Prints the message and exits with code 2."""
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def positive(text: str) -> int:
-    """Returns a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def natural(text: str) -> int:
-    """Returns a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
-natural.__name__, positive.__name__ = "whole number >= 0", "whole number >= 1"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -94,39 +69,38 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     size = parser.add_argument_group("how long")
     size.add_argument(
         "--epochs",
-        type=positive,
+        type=whole(1),
         default=8,
         metavar="N",
         help="passes over the data at the normal batch size (default: 8)",
     )
     size.add_argument(
         "--batch-size",
-        type=positive,
+        type=whole(1),
         default=32,
         metavar="N",
         help="the normal batch size (default: 32)",
     )
     size.add_argument(
         "--small-batch",
-        type=natural,
+        type=whole(0),
         default=4,
         metavar="N",
         help="the small batch size; 0 leaves those runs out (default: 4)",
     )
     size.add_argument(
         "--small-epochs",
-        type=positive,
+        type=whole(1),
         default=1,
         metavar="N",
         help="passes over the data at the small batch size (default: 1)",
     )
     size.add_argument(
         "--twin-steps",
-        type=natural,
+        type=whole(0),
         default=20,
         metavar="N",
-        help="steps that are repeated beside PyTorch in float64 at the end; 0 for "
-        "none (default: 20)",
+        help="steps beside PyTorch, in float64, at the end; 0 for none (default: 20)",
     )
     where = parser.add_argument_group("where from and where to")
     where.add_argument(
@@ -144,7 +118,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     where.add_argument(
         "--seed",
-        type=natural,
+        type=whole(0, LARGEST_SEED),
         default=0,
         metavar="N",
         help="of weights, batches and dropout (default: 0)",
@@ -159,7 +133,7 @@ def plans(options: argparse.Namespace, train_size: int) -> list[Plan]:
       DataError: if a batch is larger than the data.
     """
     sizes = [(options.batch_size, options.epochs)]
-    if options.small_batch and options.framework != "both":
+    if options.small_batch not in (0, options.batch_size) and options.framework != "both":
         sizes.append((options.small_batch, options.small_epochs))
     for size, _ in sizes:
         if size > train_size:
@@ -169,7 +143,7 @@ def plans(options: argparse.Namespace, train_size: int) -> list[Plan]:
              batch_size=size, epochs=epochs, train_size=train_size,
              seed=options.seed, dtype=options.dtype)
         for size, epochs in sizes
-        for variant in options.variants
+        for variant in dict.fromkeys(options.variants)
     ]  # fmt: skip
 
 
@@ -201,47 +175,55 @@ class Trainer:
         self.results: list[Result] = []
         self._console = console
 
-    def _bar(self, plan: Plan, limit: int) -> Progress:
-        beside = " beside PyTorch" if limit < plan.total_steps else ""
+    def _bar(self, plan: Plan, label: str) -> Progress:
         progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
             TextColumn("{task.fields[seen]}"), TimeRemainingColumn(), console=self._console,
             refresh_per_second=4,
         )  # fmt: skip
-        progress.add_task(plan.name + beside, total=limit, seen="compiling")
+        progress.add_task(plan.name + label, total=plan.total_steps, seen="compiling")
         return progress
 
-    def train(self, framework: str, plan: Plan, data: Cifar10, steps: int | None = None) -> Result:
-        """Trains one run, or its first steps; what is logged stays if it is interrupted."""
+    def train(
+        self, framework: str, plan: Plan, data: Cifar10, *, label: str = "", tested: bool = True
+    ) -> None:
+        """Trains one run; what is logged stays if it is interrupted.
+
+        Args:
+          framework: 'jax', 'torch' or 'both'.
+          plan: the run's settings.
+          data: images as bytes.
+          label: what to add to the run's name in the progress bar.
+          tested: whether to look at the test set, before, after and in between.
+        """
         result = Result(plan)
         self.results.append(result)
-        limit = plan.total_steps if steps is None else min(steps, plan.total_steps)
-        with self._bar(plan, limit) as progress:
+        total = plan.total_steps
+        looks = {round(total * i / EVALUATIONS) for i in range(EVALUATIONS + 1)} if tested else ()
+        with self._bar(plan, label) as progress:
             start = time.perf_counter()
             run = make_run(framework, plan, data.normalized(plan.storage))
-            result.gaps = getattr(run, "gaps", ())
-            self._evaluate(run, result)
+            result.gaps, result.devices = run.gaps, run.devices
             for order in plan.orders():
-                self._epoch(run, order, result, limit, progress)
+                self._epoch(run, order, result, looks, progress)
                 result.seconds = time.perf_counter() - start
-                if len(result.steps) == limit:
-                    break
-        if framework == "both":
+        if isinstance(run, EvaluatesTwin) and tested:
             result.twin = run.evaluate_twin()
-        return result
 
     def _epoch(
-        self, run: Run, order: np.ndarray, result: Result, limit: int, progress: Progress
-    ) -> None:
-        before = len(result.steps)
+        self, run: Run, order: np.ndarray, result: Result, looks: Container[int],
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        before, count = len(result.steps), result.plan.steps_per_epoch
         run.start_epoch(order)
-        count = min(result.plan.steps_per_epoch, limit - before)
-        looks = {round(limit * i / EVALUATIONS) - before for i in range(1, EVALUATIONS + 1)}
+        if before == 0 and before in looks:
+            self._evaluate(run, result)
         for done in range(1, count + 1):
             run.step()
-            if done % REPORT_EVERY == 0 or done == count or done in looks:
+            look = before + done in looks
+            if done % REPORT_EVERY == 0 or done == count or look:
                 self._report(run.reports(len(result.steps) - before, done), result, progress)
-            if done in looks:
+            if look:
                 self._evaluate(run, result)
 
     def _evaluate(self, run: Run, result: Result) -> None:
@@ -286,37 +268,49 @@ def agreement_table(results: Sequence[Result]) -> Table:
     table = Table(
         title="JAX beside PyTorch: same weights, batches and dropout masks, "
         f"{results[0].plan.dtype}",
-        caption="Largest relative difference at any step. The last column is JAX against itself, "
-        "started one eps away: what rounding alone does.",
+        caption="Largest relative difference at any step: loss, weights, running statistics, "
+        "optimizer state. '1 eps': weights of JAX against JAX started one eps away.",
     )
-    for column in ("run", "steps", "loss", "weights", "statistics", "optimizer", "1 eps apart"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+    table.add_column("run", no_wrap=True)
+    for column in ("steps", "loss", "weights", "stats", "optimizer", "1 eps"):
+        table.add_column(column, justify="right")
     for result in results:
         gaps = largest_gaps(result.gaps)
         table.add_row(result.plan.name, str(len(result.gaps)),
-                      *(f"{value:.1e}" for value in gaps.values()))  # fmt: skip
+                      *(f"{value:.1e}" if value else "0" for value in gaps.values()))  # fmt: skip
     return table
 
 
-def twin_proof(trainer: Trainer, options: argparse.Namespace, data: Cifar10) -> list[Result]:
-    """Repeats the first steps of each variant beside PyTorch, in float64."""
+def twin_proof(trainer: Trainer, options: argparse.Namespace, data: Cifar10) -> None:
+    """Trains each variant a few steps beside PyTorch, in float64."""
     if options.framework != "jax" or not options.twin_steps:
-        return []
+        return
     if importlib.util.find_spec("torch") is None:
+        print("PyTorch is not installed: no steps beside it.")
         trainer.folder.log([{"note": "PyTorch is not installed: no steps beside it"}])
-        return []
-    results = []
-    for plan in plans(argparse.Namespace(**{**vars(options), "dtype": "float64", "small_batch": 0}),
-                      len(data.train_labels)):  # fmt: skip
+        return
+    for variant in dict.fromkeys(options.variants):
+        # A whole schedule in so many steps: the learning rate climbs and falls.
+        plan = Plan(
+            variant=variant, norm=VARIANTS[variant][0], act=VARIANTS[variant][1],
+            batch_size=options.batch_size, epochs=1, seed=options.seed, dtype="float64",
+            train_size=min(options.twin_steps * options.batch_size, len(data.train_labels)),
+        )  # fmt: skip
         with jax.enable_x64(True):
-            results.append(trainer.train("both", plan, data, options.twin_steps))
-    return results
+            trainer.train("both", plan, data, label=" beside PyTorch", tested=False)
 
 
 def finish(folder: Folder, console: Console, results: Sequence[Result]) -> None:
-    """Prints the tables and writes summary and figures of what has been trained."""
+    """Writes summary and figures of what has been trained, and prints the tables."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here it is a matter of seconds
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
+    folder.write_json("summary.json", {
+        "versions": versions, "devices": [str(d) for d in jax.devices()],
+        "runs": [r.summary() for r in results],
+    })  # fmt: skip
     compared = [r for r in results if r.gaps]
-    trained = [r for r in results if r.steps and (not r.gaps or r.finished)]
+    trained = [r for r in results if r.steps and r.evaluations]
     figures = ["curves.png"] if trained else []
     if trained:
         folder.save_figure("curves.png", draw_curves(trained))
@@ -325,11 +319,6 @@ def finish(folder: Folder, console: Console, results: Sequence[Result]) -> None:
         folder.save_figure("agreement.png", draw_agreement(compared))
         figures.append("agreement.png")
         console.print(agreement_table(compared))
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
-    folder.write_json("summary.json", {
-        "versions": versions, "devices": [str(d) for d in jax.devices()],
-        "runs": [r.summary() for r in results],
-    })  # fmt: skip
     files = ", ".join(["metrics.jsonl", "summary.json", *figures])
     console.print(f"Written to [bold]{folder.path}[/]: {files}", highlight=False)
 
@@ -369,4 +358,4 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,7 +3,6 @@
 Document 2, section H-1: Kaiming keeps the spread, Xavier halves the variance at every layer.
 """
 
-import argparse
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from _cli import Parser, leave, make_folder, whole
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -69,14 +69,15 @@ def draw(measured: dict[str, np.ndarray]) -> "plt.Figure":
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser = Parser(description=__doc__.split("\n\n", maxsplit=1)[0])
     where = Path("runs/variance_propagation")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="networks (default: 5)")
+    parser.add_argument(
+        "--seeds", type=whole(1, 1000), default=5, metavar="N", help="networks (default: 5)"
+    )
     parser.add_argument("--output", type=Path, default=where, metavar="DIR",
                         help="folder for the figure (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    folder = make_folder(parser, options.output)
     console, measured, gaps = Console(), {}, []
     for name in EXPECTED:
         runs = [spreads(name, seed) for seed in range(options.seeds)]
@@ -95,12 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("PyTorch is not installed: not compared with it.")
     else:
         console.print(f"PyTorch, same weights: largest relative difference {max(gaps):.1e}")
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "variance.png"
+    path = folder / "variance.png"
     draw(measured).savefig(path, dpi=120)
     console.print(f"Written: [bold]{path}[/]", highlight=False)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

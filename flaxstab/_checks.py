@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import NoReturn
 
+import numpy as np
+
 from flaxstab._typing import Shape, Sizes
 
 
@@ -36,7 +38,7 @@ def _fail(rule: str, fix: str, given: Mapping[str, object]) -> NoReturn:
 def check_positive(**sizes: int) -> None:
     """Raises a ``ValueError`` unless every named size is an integer of at least 1."""
     for name, value in sizes.items():
-        is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        is_size = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
         if not is_size:
             _fail(f"{name} must be an integer of at least 1", "", {name: value})
 
@@ -73,8 +75,10 @@ def per_axis(name: str, value: Sizes, rank: int, *, minimum: int = 0) -> Shape:
     Raises:
       ValueError: if the number of entries is not ``rank`` or an entry is too small.
     """
-    entries = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(entries) != rank or not all(isinstance(e, int) and e >= minimum for e in entries):
+    entries = (value,) * rank if isinstance(value, int | np.integer) else tuple(value)
+    if len(entries) != rank or not all(
+        isinstance(e, int | np.integer) and e >= minimum for e in entries
+    ):
         rule = f"{name} must be an integer or {rank} integers, each at least {minimum}"
         _fail(rule, "", {name: value})
-    return entries
+    return tuple(int(entry) for entry in entries)

@@ -19,6 +19,17 @@ def widest(*dtypes: DTypeLike) -> DTypeLike:
     return max(floats, key=lambda kind: kind.itemsize)
 
 
+def floating(name: str, dtype: DTypeLike) -> DTypeLike:
+    """Returns a constructor's dtype argument, which must be a floating-point one.
+
+    Raises:
+      ValueError: if it is not.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be a floating-point dtype, got {name}={dtype!r}.")
+    return dtype
+
+
 def output_dtype(x: Array, dtype: DTypeLike | None) -> DTypeLike:
     """Returns the dtype of a layer's output: ``dtype``, or that of its input for ``None``.
 

@@ -5,8 +5,18 @@ from flax import nnx
 
 from flaxstab import functional
 from flaxstab._checks import check_probability
-from flaxstab._dtypes import output_dtype
+from flaxstab._dtypes import floating, output_dtype
 from flaxstab._typing import Array, DTypeLike
+
+
+def _stream(rngs: nnx.Rngs) -> nnx.RngStream:
+    try:
+        return rngs["dropout"]
+    except (AttributeError, KeyError) as error:
+        raise ValueError(
+            f"dropout needs a 'dropout' stream or a default one, got {sorted(rngs)}. "
+            "Pass nnx.Rngs(seed), or nnx.Rngs(params=…, dropout=…)."
+        ) from error
 
 
 class Dropout(nnx.Module):
@@ -49,8 +59,8 @@ class Dropout(nnx.Module):
         check_probability(p=p)
         self.p = p
         self.deterministic = deterministic
-        self.dtype = dtype
-        self.rngs = nnx.data(None if rngs is None else rngs.dropout.fork())
+        self.dtype = None if dtype is None else floating("dtype", dtype)
+        self.rngs = nnx.data(None if rngs is None else _stream(rngs).fork())
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Sets the mode, for ``nnx.view``.
@@ -98,5 +108,5 @@ class Dropout(nnx.Module):
                 "Build the layer with rngs=nnx.Rngs(dropout=seed), or pass rngs= at the call."
             )
         if isinstance(source, nnx.Rngs):
-            return source.dropout()
+            return _stream(source)()
         return source() if isinstance(source, nnx.RngStream) else source

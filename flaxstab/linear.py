@@ -3,13 +3,14 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flaxstab import functional, initializers
 from flaxstab._checks import check, check_last_axis, check_positive, per_axis
-from flaxstab._dtypes import cast, output_dtype
+from flaxstab._dtypes import cast, floating, output_dtype
 from flaxstab._typing import Array, DTypeLike, Initializer, Shape, Sizes
-from flaxstab.functional._linear import PaddingMode
+from flaxstab.functional._linear import PaddingMode, conv_options
 
 
 def _drawn(
@@ -17,7 +18,7 @@ def _drawn(
 ) -> nnx.Param[Array]:
     if rngs is None:
         raise ValueError("a layer with random weights needs rngs. Pass rngs=nnx.Rngs(seed).")
-    return nnx.Param(init(rngs.params(), shape, dtype))
+    return nnx.Param(init(rngs.params(), shape, floating("param_dtype", dtype)))
 
 
 class Linear(nnx.Module):
@@ -64,7 +65,7 @@ class Linear(nnx.Module):
         check_positive(in_features=in_features, out_features=out_features)
         self.in_features = in_features
         self.out_features = out_features
-        self.dtype = dtype
+        self.dtype = None if dtype is None else floating("dtype", dtype)
         shape = (in_features, out_features)
         self.kernel = _drawn(rngs, kernel_init or initializers.torch_weight(), shape, param_dtype)
         bias_init = bias_init or initializers.torch_bias(in_features)
@@ -144,30 +145,19 @@ class Conv(nnx.Module):
             in_channels=in_channels,
             out_channels=out_channels,
         )
-        window = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        rank = len(window)
+        rank = 2 if isinstance(kernel_size, int | np.integer) else len(kernel_size)
+        window = per_axis("kernel_size", kernel_size, rank, minimum=1)
         check(rank > 0, "kernel_size must name at least one axis", kernel_size=kernel_size)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = per_axis("kernel_size", window, rank, minimum=1)
-        self.stride = per_axis("stride", stride, rank, minimum=1)
-        self.dilation = per_axis("dilation", dilation, rank, minimum=1)
-        functional.padding_pairs(padding, self.kernel_size, self.dilation)
-        check(
-            padding != "same" or set(self.stride) == {1},
-            "padding='same' needs stride 1",
-            fix="Give the padding as integers.",
-            stride=stride,
-        )
-        modes = ("zeros", "reflect", "replicate", "circular")
-        check(
-            padding_mode in modes, f"padding_mode must be one of {modes}", padding_mode=padding_mode
-        )
-        self.padding = padding
+        self.kernel_size = window
+        options = conv_options(self.kernel_size, stride, padding, dilation, padding_mode)
+        self.stride, _, self.dilation = options
+        self.padding = padding if isinstance(padding, str) else per_axis("padding", padding, rank)
         self.groups = groups
         self.padding_mode = padding_mode
-        self.dtype = dtype
-        shape = (*window, in_channels // groups, out_channels)
+        self.dtype = None if dtype is None else floating("dtype", dtype)
+        shape = (*self.kernel_size, in_channels // groups, out_channels)
         self.kernel = _drawn(rngs, kernel_init or initializers.torch_weight(), shape, param_dtype)
         bias_init = bias_init or initializers.torch_bias(math.prod(shape[:-1]))
         drawn = _drawn(rngs, bias_init, (out_channels,), param_dtype) if bias else None

@@ -1,8 +1,13 @@
 """The examples do what they say: small runs of each, their errors, their outputs."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -73,6 +78,7 @@ def test_the_main_job_trains_the_variants_and_shows_that_pytorch_agrees(
     steps = [r for r in records(out) if r["run"] == "gn-gelu@32" and "loss" in r]
     float32 = [r["step"] for r in steps if r["dtype"] == "float32"]
     assert float32 == list(range(1, 2 * (len(small_data.train_labels) // 32) + 1))
+    assert [r["devices"] for r in runs] == [1] * len(runs)
     assert {p.name for p in out.iterdir()} == {
         "metrics.jsonl", "summary.json", "curves.png", "agreement.png",
     }  # fmt: skip
@@ -109,7 +115,8 @@ def test_pytorch_alone_trains_with_the_same_options(
     ("arguments", "message"),
     [
         (["--variants", "xn-relu"], "invalid choice: 'xn-relu'"),
-        (["--epochs", "0"], "whole number >= 1"),
+        (["--epochs", "0"], "must be a whole number at least 1, got 0"),
+        (["--seed", "99999999999"], "must be a whole number from 0 to"),
         (["--data", "/nowhere"], "--data must be a folder, got /nowhere"),
         (["--batch-size", "6000"], "the batch must not be larger than the data: 6000 > 5000"),
         (["--output", str(EXAMPLES)], "--output must be new or an empty folder"),
@@ -126,6 +133,74 @@ def test_bad_options_give_one_line_and_exit_code_2(
     assert code == 2
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (small_batch, ["--samples", "10"], "must be a whole number from 64 to 5000, got 10"),
+        (small_batch, ["--seed", "-1"], "must be a whole number from 0 to"),
+        (variance_propagation, ["--seeds", "x"], "must be a whole number from 1 to 1000, got x"),
+        (variance_propagation, ["--output", "/proc/x"], "--output must be a folder that can be"),
+    ],
+)
+def test_the_other_examples_say_in_one_line_what_is_wrong(
+    module: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        module.main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in said
+    assert said.count("\n") == 1
+
+
+BLOCK_TORCH = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torch_ref"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+sys.path.insert(0, sys.argv.pop(1))
+import importlib.util
+importlib.util.find_spec = lambda name, *a: None
+import stable_block
+sys.exit(stable_block.main(sys.argv[1:]))
+"""
+
+
+def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BLOCK_TORCH, str(EXAMPLES), *arguments]
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=plain)  # noqa: S603
+
+
+def test_the_main_job_runs_without_torch_and_says_so(tmp_path: Path) -> None:
+    done = without_torch("--variants", "bn-relu", "--batch-size", "2500", "--epochs", "1",
+                         "--small-batch", "0", "--output", str(tmp_path / "out"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch is not installed: no steps beside it" in done.stdout
+    refused = without_torch("--framework", "both")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "--framework both needs PyTorch" in refused.stderr
+
+
+def test_an_interruption_while_compiling_ends_quietly(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "stable_block.py"), "--variants", "bn-relu",
+               "--twin-steps", "0", "--output", str(tmp_path / "out")]  # fmt: skip
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=plain) as process:  # noqa: S603
+        log = tmp_path / "out" / "metrics.jsonl"
+        while process.poll() is None and not log.exists():
+            time.sleep(0.05)
+        time.sleep(1)  # the test set was looked at; now the step compiles
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Interrupted: what was logged is kept." in said
+    assert not json.loads((tmp_path / "out" / "summary.json").read_text())["runs"][0]["finished"]
 
 
 def write_binary(folder: Path, records: int, label: int = 3) -> None:
@@ -271,6 +346,7 @@ def test_small_batches_disturb_batch_normalisation_alone(
     small_data: _data.Cifar10, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = small_data.normalized(np.dtype("float32")).train_images
+    monkeypatch.setattr(small_batch, "COMPANIES", 4)
     noise = {
         n: [small_batch.companion_noise(n, b, images) for b in (2, 32)] for n in ("batch", "group")
     }

@@ -340,8 +340,17 @@ def test_known_bad_values_are_refused(arguments: dict[str, object], message: str
 
 
 def test_a_mask_that_does_not_fit_is_refused_at_init() -> None:
-    with pytest.raises(ValueError, match="one boolean per parameter, got booleans=1 and param"):
+    with pytest.raises(
+        ValueError, match=r"at the parameter's place, got on_one_side_only=\['bias', 'gain'\]"
+    ):
         optim.adamw(mask={"kernel": True}).init(parameters())
+
+
+def test_a_mask_goes_by_names_and_not_by_order() -> None:
+    params = {0: jnp.ones(1), 2: jnp.ones(1), 10: jnp.ones(1)}
+    tx = optim.adamw(1.0, weight_decay=0.5, mask={"0": False, "2": False, "10": True})
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert {k: float(u[0]) for k, u in updates.items()} == {0: 0.0, 2: 0.0, 10: -0.5}
 
 
 def test_an_update_without_parameters_is_refused() -> None:

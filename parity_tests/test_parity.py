@@ -12,7 +12,7 @@ from flax import nnx
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from flaxstab import functional, linear, norms, parity
+from flaxstab import dropout, functional, interop, linear, norms, parity
 from flaxstab.parity import Verdict
 from parity_tests.support.cases import values
 
@@ -286,19 +286,90 @@ def test_a_parameter_that_is_not_used_has_gradient_zero_on_both_sides() -> None:
         (lambda: functional.gelu, torch.nn.PReLU, "none of grad weight on the Flax side"),
         (lambda: norms.LayerNorm(4), lambda: F.gelu, "missing: weight, bias"),
         (lambda: lambda x: x[:2], lambda: F.gelu, r"one shape, got \(2, 4\) .* and \(8, 4\)"),
-        (
-            lambda: nnx.BatchNorm(4, rngs=RNGS),
-            lambda: torch.nn.BatchNorm1d(4),
-            "unexpected: num_batches_tracked",
-        ),
     ],
-    ids=["missing", "unexpected", "function", "torch function", "shape", "count"],
+    ids=["missing", "unexpected", "function", "torch function", "shape"],
 )
 def test_sides_of_other_structure_are_refused_with_the_place(
     ours: Callable[[], object], theirs: Callable[[], object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         parity.compare(ours(), theirs(), X)
+
+
+def test_a_buffer_that_flax_does_without_is_a_finding() -> None:
+    report = parity.compare(
+        nnx.BatchNorm(4, momentum=0.9, rngs=RNGS), torch.nn.BatchNorm1d(4), X, dtypes=()
+    )
+    found = {f.name: f for f in report.findings}
+    assert found["step 1 num_batches_tracked"].explanation == "only PyTorch has it"
+    assert not found["step 1 running_var"].passed  # nnx follows the biased variance
+    assert found["step 1 running_mean"].passed
+
+
+class Noisy(nnx.Module):
+    def __init__(self) -> None:
+        self.lin = linear.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.drop = dropout.Dropout(0.3, rngs=nnx.Rngs(1))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.drop(self.lin(x))
+
+
+class TorchNoisy(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.drop = torch.nn.Linear(4, 4), torch.nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.lin(x))
+
+
+def test_models_with_dropout_are_compared_with_the_same_masks() -> None:
+    report = parity.compare(Noisy(), TorchNoisy(), X)
+    assert report.passed, str(report)
+
+
+def test_both_sides_are_trained_whatever_their_mode() -> None:
+    ours, theirs = norms.BatchNorm(4, momentum=0.9), torch.nn.BatchNorm1d(4).eval()
+    ours.eval()
+    report = parity.compare(ours, theirs, X, dtypes=())
+    assert not {f.name: f for f in report.findings}["step 2 running_mean"].passed
+    assert ours.use_running_average
+    assert not theirs.training
+
+
+def test_an_output_of_another_dtype_is_found() -> None:
+    ours, theirs = nnx.Linear(4, 4, rngs=RNGS), torch.nn.Linear(4, 4)
+    report = parity.compare(ours, theirs, X, dtypes=(jnp.bfloat16,))
+    found = {(f.name, f.dtype): f for f in report.findings}
+    assert found["output", "bfloat16"].explanation.startswith("the dtypes differ: float32")
+
+
+def test_running_statistics_rounded_to_bfloat16_in_evaluation_are_found() -> None:
+    class Rounding(norms.BatchNorm):
+        def __call__(self, x: jax.Array) -> jax.Array:
+            if self.use_running_average:
+                rounded = [
+                    v[...].astype(jnp.bfloat16).astype(v.dtype) for v in (self.mean, self.var)
+                ]
+                running = functional.RunningStats(*rounded, self.count[...])
+                return functional.batch_norm_inference(x, running, self.scale[...], self.bias[...])
+            return super().__call__(x)
+
+    interop.register(Rounding, **interop._rules.RULES[norms.BatchNorm]._asdict())
+    try:
+        report = parity.compare(
+            Rounding(4), torch.nn.BatchNorm1d(4), X + 40, dtypes=(jnp.bfloat16,)
+        )
+    finally:
+        del interop._rules.RULES[Rounding]
+    worst = {f.name: f for f in report.findings if f.dtype == "bfloat16"}["evaluation"]
+    assert worst.verdict == parity.Verdict.JAX_WORSE
+
+
+def test_a_layout_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="layout must be 'image' or None, got layout='nchw'"):
+        parity.compare(norms.LayerNorm(4), torch.nn.LayerNorm(4), X, layout="nchw")
 
 
 def test_a_forgotten_layout_is_named() -> None:

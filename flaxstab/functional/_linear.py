@@ -1,5 +1,6 @@
 """Affine maps: matrix product and convolution, features last."""
 
+import math
 from typing import Literal
 
 import jax
@@ -64,6 +65,28 @@ def padding_pairs(
         extra = [span if padding == "same" else 0 for span in spans]
         return tuple((e // 2, e - e // 2) for e in extra)
     return tuple((p, p) for p in per_axis("padding", padding, len(window)))
+
+
+def conv_options(
+    window: Shape, stride: Sizes, padding: Sizes | str, dilation: Sizes, padding_mode: str
+) -> tuple[Shape, tuple[tuple[int, int], ...], Shape]:
+    """Returns stride, padding and dilation for each spatial axis, checked.
+
+    Raises:
+      ValueError: if an option is unknown or they do not fit together.
+    """
+    rank = len(window)
+    strides = per_axis("stride", stride, rank, minimum=1)
+    dilations = per_axis("dilation", dilation, rank, minimum=1)
+    check(
+        padding != "same" or set(strides) == {1},
+        "padding='same' needs stride 1",
+        fix="Give the padding as integers.",
+        stride=stride,
+    )
+    modes = ("zeros", *_NUMPY_MODE)
+    check(padding_mode in modes, f"padding_mode must be one of {modes}", padding_mode=padding_mode)
+    return strides, padding_pairs(padding, window, dilations), dilations
 
 
 def _check_room(
@@ -132,10 +155,11 @@ def conv(
         in_channels=kernel.shape[-2] * groups,
         shape=x.shape,
     )
-    dilations = per_axis("dilation", dilation, rank, minimum=1)
-    pairs = padding_pairs(padding, kernel.shape[:rank], dilations)
+    options = (kernel.shape[:rank], stride, padding, dilation, padding_mode)
+    strides, pairs, dilations = conv_options(*options)
     batch = x.shape[: x.ndim - rank - 1]
-    x = x.reshape(-1, *x.shape[x.ndim - rank - 1 :])  # (*batch, *space, C) -> (N, *space, C)
+    # (*batch, *space, C) -> (N, *space, C)
+    x = x.reshape(math.prod(batch), *x.shape[x.ndim - rank - 1 :])
     _check_room(x.shape[1:-1], kernel.shape[:rank], dilations, pairs, padding_mode)
     if padding_mode != "zeros":
         x = jnp.pad(x, ((0, 0), *pairs, (0, 0)), mode=_NUMPY_MODE[padding_mode])
@@ -144,7 +168,7 @@ def conv(
     y = jax.lax.conv_general_dilated(
         x,
         kernel,
-        per_axis("stride", stride, rank, minimum=1),
+        strides,
         pairs,
         rhs_dilation=dilations,
         feature_group_count=groups,

@@ -86,6 +86,7 @@ def moments(
         result = _two_pass(x, lambda v: jnp.mean(v, axes, keepdims=True), count)
     else:
         where = jnp.broadcast_to(where, x.shape)
+        x = jnp.where(where, x, 0)  # what is left out may be NaN, and must not reach the gradient
         count = jnp.sum(where, axes, keepdims=True, dtype=x.dtype)
         divisor = jnp.maximum(count, 1)
         result = _two_pass(

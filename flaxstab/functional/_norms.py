@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from flaxstab._checks import check
@@ -104,8 +105,9 @@ def batch_norm(
       running: statistics to update, or ``None`` to keep none.
       momentum: weight of the new value; ``None`` averages over all batches.
       eps: added to the variance.
-      mask: booleans that broadcast to ``x``; statistics come from values where it is true. A
-        channel with fewer than two of them keeps its running statistics.
+      mask: booleans that broadcast to ``x``; statistics come from values where it is true. The
+        others are normalised by them, too, and no gradient flows through them (they may be NaN).
+        A channel with fewer than two values keeps its running statistics.
       axis_name: mapped axes over which the statistics are those of the whole batch.
       dtype: the output's dtype; ``None`` keeps that of ``x``.
 
@@ -130,7 +132,11 @@ def batch_norm(
         fix="Use a larger batch, or use_running_average=True.",
         shape=x.shape,
     )
-    y = normalize(x, found, scale, bias, eps=eps, dtype=dtype)
+    y = normalize(x if mask is None else jnp.where(mask, x, 0), found, scale, bias, eps=eps,
+                  dtype=dtype)  # fmt: skip
+    if mask is not None:
+        constants = jax.lax.stop_gradient((x, found, scale, bias))
+        y = jnp.where(mask, y, normalize(*constants, eps=eps, dtype=dtype))
     return y, None if running is None else _follow(running, found, momentum)
 
 

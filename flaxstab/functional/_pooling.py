@@ -105,7 +105,8 @@ def max_pool(
       ValueError: if the window does not fit.
 
     Differs from:
-      ``flax.nnx.max_pool``, whose default stride is 1.
+      ``flax.nnx.max_pool``, whose default stride is 1. In a window that holds nothing but minus
+      infinity the gradient may go to the padding, where torch keeps it inside.
     """
     windows = _Windows(x, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
     lowest = -np.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min

@@ -20,10 +20,12 @@ class Rule(NamedTuple):
     Attributes:
       to_torch: from a layer to its tensors, by torch's name and in torch's layout.
       to_flax: from a layer and those tensors to its variables' new values, by attribute.
+      ignored: tensors that torch's layer has and this one does without.
     """
 
     to_torch: ToTorch
     to_flax: ToFlax
+    ignored: tuple[str, ...] = ()
 
 
 class Entry(NamedTuple):
@@ -47,7 +49,7 @@ def value_of(variable: nnx.Variable[object]) -> np.ndarray:
     return np.asarray(variable[...])
 
 
-def _table_rule(*entries: Entry) -> Rule:
+def _table_rule(*entries: Entry, ignored: tuple[str, ...] = ()) -> Rule:
     def to_torch(module: nnx.Module) -> Tensors:
         found = ((e, vars(module)[e.variable]) for e in entries)
         return {e.tensor: e.to_torch(value_of(v)) for e, v in found if v is not None}
@@ -56,7 +58,7 @@ def _table_rule(*entries: Entry) -> Rule:
         present = (e for e in entries if vars(module)[e.variable] is not None)
         return {e.variable: e.to_flax(tensors[e.tensor]) for e in present if e.tensor in tensors}
 
-    return Rule(to_torch, to_flax)
+    return Rule(to_torch, to_flax, ignored)
 
 
 def _kernel_to_torch(kernel: np.ndarray) -> np.ndarray:
@@ -94,7 +96,7 @@ RULES: dict[type[nnx.Module], Rule] = {
     dropout.Dropout: _table_rule(),
     nnx.Linear: _WEIGHTED,
     nnx.Conv: _WEIGHTED,
-    nnx.BatchNorm: _table_rule(_SCALE, _BIAS, _MEAN, _VAR),
+    nnx.BatchNorm: _table_rule(_SCALE, _BIAS, _MEAN, _VAR, ignored=("num_batches_tracked",)),
     nnx.LayerNorm: _NORM,
     nnx.GroupNorm: _NORM,
     nnx.InstanceNorm: _NORM,

@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from flaxstab._typing import Array
-from flaxstab.interop._rules import RULES, Rule, Tensors, value_of
+from flaxstab.interop._rules import RULES, Rule, Tensors
+from flaxstab.interop._torch import to_numpy
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,15 @@ class LoadReport:
       missing: names that the model has and the state_dict lacks.
       unexpected: names that the state_dict has and the model lacks.
       mismatched: names whose shapes differ, with both shapes in torch's layout.
+      ignored: names of tensors that the Flax layer does without (``num_batches_tracked`` of the
+        stock ``nnx.BatchNorm``).
     """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -34,7 +38,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded"]
-        for kind in ("missing", "unexpected", "mismatched"):
+        for kind in ("missing", "unexpected", "mismatched", "ignored"):
             names = getattr(self, kind)
             lines += [f"{len(names)} {kind}: {', '.join(names)}"] if names else []
         return "; ".join(lines)
@@ -50,7 +54,8 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
       model: a module built of flaxstab's or stock NNX layers and registered types.
 
     Returns:
-      Arrays by name, in the order of the model's attributes.
+      Arrays by name, sorted by module. A module that the model holds twice appears once, under
+      its first name.
 
     Raises:
       ValueError: if a variable belongs to a module type without a rule.
@@ -98,26 +103,12 @@ def load_state_dict(
       >>> print(load_state_dict(model, state_dict(model)))
       2 tensors loaded
     """
-    tensors = _renamed(state_dict, rename)
-    loaded: list[str] = []
-    missing: list[str] = []
-    mismatched: list[str] = []
-    changes: list[tuple[nnx.Module, Tensors]] = []
-    for prefix, module, rule in _layers(model):
-        fitting = {}
-        for name, current in rule.to_torch(module).items():
-            full = prefix + name
-            if full not in tensors:
-                missing.append(full)
-            elif tensors[full].shape != current.shape:
-                mismatched.append(f"{full} {tensors[full].shape} for {current.shape}")
-            else:
-                fitting[name] = tensors[full]
-                loaded.append(full)
-        changes.append((module, rule.to_flax(module, fitting)))
-    seen = {*loaded, *(entry.split(" ")[0] for entry in mismatched)}
-    unexpected = tuple(name for name in tensors if name not in seen)
-    report = LoadReport(tuple(loaded), tuple(missing), unexpected, tuple(mismatched))
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(
+            f"state_dict must be a mapping from names to arrays, got {type(state_dict).__name__}. "
+            "Pass module.state_dict()."
+        )
+    report, changes = _sort_out(model, _renamed(state_dict, rename))
     if strict and not report.complete:
         raise ValueError(
             f"the state_dict must fit the model, got {report}. "
@@ -126,6 +117,33 @@ def load_state_dict(
     for variable, value in [pair for change in changes for pair in _staged(*change)]:
         variable[...] = value
     return report
+
+
+def _sort_out(
+    model: nnx.Module, tensors: Mapping[str, np.ndarray]
+) -> tuple[LoadReport, list[tuple[nnx.Module, Tensors]]]:
+    """Says what becomes of each tensor, and which values each module would get."""
+    names: dict[str, list[str]] = {"loaded": [], "missing": [], "mismatched": [], "ignored": []}
+    changes: list[tuple[nnx.Module, Tensors]] = []
+    known = set()
+    for prefix, module, rule in _layers(model):
+        names["ignored"] += [prefix + name for name in rule.ignored if prefix + name in tensors]
+        fitting = {}
+        for name, current in rule.to_torch(module).items():
+            full = prefix + name
+            known.add(full)
+            if full not in tensors:
+                names["missing"].append(full)
+            elif tensors[full].shape != current.shape:
+                shapes = f"{tensors[full].shape} for {current.shape}"
+                names["mismatched"].append(f"{full} {shapes}")
+            else:
+                fitting[name] = tensors[full]
+                names["loaded"].append(full)
+        changes.append((module, rule.to_flax(module, fitting)))
+    unexpected = tuple(name for name in tensors if name not in {*known, *names["ignored"]})
+    found = {kind: tuple(listed) for kind, listed in names.items()}
+    return LoadReport(unexpected=unexpected, **found), changes
 
 
 def _staged(module: nnx.Module, values: Tensors) -> list[tuple[nnx.Variable[Array], Array]]:
@@ -157,7 +175,7 @@ def _renamed(
         new = name if rename is None else rename(name)
         if new in tensors:
             raise ValueError(f"rename must keep names apart, got {new!r} twice.")
-        tensors[new] = np.asarray(value)
+        tensors[new] = to_numpy(value)
     return tensors
 
 
@@ -165,40 +183,47 @@ def named_modules(model: nnx.Module) -> dict[str, nnx.Module]:
     """Returns every module of a model by the name that PyTorch would give it; '' is the model.
 
     Args:
-      model: any module. ``nnx.Sequential`` is transparent, as ``torch.nn.Sequential`` is.
+      model: any module. ``nnx.Sequential`` is transparent, as ``torch.nn.Sequential`` is; a list
+        of modules goes by its attribute's name.
     """
+    return {name: module for name, (_, module) in _places(model).items()}
+
+
+def _places(model: nnx.Module) -> dict[str, tuple[tuple[object, ...], nnx.Module]]:
+    """Returns every module with its path in the model, by PyTorch's name."""
     by_path = dict(nnx.iter_modules(model))
-    names = {}
+    places: dict[str, tuple[tuple[object, ...], nnx.Module]] = {}
     for path in sorted(by_path, key=_sort_key):
-        inside_sequential = [
-            isinstance(by_path.get(path[:n]), nnx.Sequential) for n in range(len(path))
-        ]
-        parts = zip(path, inside_sequential, strict=True)
-        names[".".join(str(part) for part, hidden in parts if not hidden)] = by_path[path]
-    return names
+        hidden = [isinstance(by_path.get(path[:n]), nnx.Sequential) for n in range(len(path))]
+        shown = (str(part) for part, is_layers in zip(path, hidden, strict=True) if not is_layers)
+        # A Sequential comes before its list of layers, which has no name of its own.
+        places.setdefault(".".join(shown), (path, by_path[path]))
+    return places
 
 
 def _layers(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, Rule]]:
-    """Yields every module with a rule, with the prefix of its tensors' names."""
-    for name, module in named_modules(model).items():
+    """Yields every module with a rule, with the prefix of its tensors' names.
+
+    Raises:
+      ValueError: if a variable of the model belongs to none of them.
+    """
+    found, carried = [], set()
+    for name, (path, module) in _places(model).items():
         rule = RULES.get(type(module))
-        if rule is None:
-            _refuse_own_variables(name, module)
-        else:
-            yield f"{name}." if name else "", module, rule
+        if rule is not None:
+            found.append((f"{name}." if name else "", module, rule))
+            own = rule.to_flax(module, rule.to_torch(module))
+            carried |= {(*path, attribute) for attribute in own}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState))):
+        if path not in carried:
+            raise ValueError(
+                "every variable must belong to a module type with a rule that carries it, "
+                f"got {'.'.join(map(str, path))!r} {variable.shape}. "
+                "Call flaxstab.interop.register for its module's type."
+            )
+    yield from found
 
 
 def _sort_key(path: tuple[object, ...]) -> tuple[tuple[bool, int, str], ...]:
     """Orders numbers as numbers: 'blocks.2' before 'blocks.10'."""
     return tuple((isinstance(p, str), p if isinstance(p, int) else 0, str(p)) for p in path)
-
-
-def _refuse_own_variables(name: str, module: nnx.Module) -> None:
-    for attribute, value in vars(module).items():
-        if isinstance(value, nnx.Param | nnx.BatchStat):
-            where = f"{name}.{attribute}" if name else attribute
-            raise ValueError(
-                "every variable must belong to a module type with a rule, "
-                f"got {where!r} {value_of(value).shape} of {type(module).__name__}. "
-                "Call flaxstab.interop.register for that type."
-            )

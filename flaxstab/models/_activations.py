@@ -10,11 +10,20 @@ from flaxstab._checks import check
 from flaxstab._typing import Array
 
 Act = Literal["relu", "gelu", "elu"]
-_BY_NAME: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": functional.gelu,
-    "elu": jax.nn.elu,
-}
+
+
+# Plain functions: jax.nn's own are compiled objects, which pickle refuses.
+def relu(x: Array) -> Array:
+    """Returns ``max(x, 0)``."""
+    return jax.nn.relu(x)
+
+
+def elu(x: Array) -> Array:
+    """Returns ``x`` where it is positive, else ``exp(x) - 1``."""
+    return jax.nn.elu(x)
+
+
+_BY_NAME: dict[str, Callable[[Array], Array]] = {"relu": relu, "gelu": functional.gelu, "elu": elu}
 
 
 def activation(act: str) -> Callable[[Array], Array]:

@@ -1,8 +1,8 @@
 """The documents' small models."""
 
+import math
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -10,7 +10,7 @@ from flaxstab import functional, initializers
 from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.linear import Conv, Linear
-from flaxstab.models._activations import Act, activation
+from flaxstab.models._activations import Act, activation, relu
 from flaxstab.norms import BatchNorm, GroupNorm
 
 
@@ -65,7 +65,7 @@ def _global_average(x: Array) -> Array:
 
 
 def _flatten(x: Array) -> Array:
-    return x.reshape(x.shape[0], -1)
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 class ToyDeep(nnx.Module):
@@ -102,7 +102,7 @@ class ToyDeep(nnx.Module):
                 param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
 
-        self.net = nnx.Sequential(*(part for _ in range(10) for part in (layer(), jax.nn.relu)))
+        self.net = nnx.Sequential(*(part for _ in range(10) for part in (layer(), relu)))
 
     def __call__(self, x: Array) -> Array:
         """Maps ``(N, 512)`` to ``(N, 512)``."""
@@ -111,8 +111,8 @@ class ToyDeep(nnx.Module):
     def activations(self, x: Array) -> list[Array]:
         """Returns the ten activations behind the ReLUs, each ``(N, 512)``."""
         found = []
-        for linear, relu in zip(self.net.layers[::2], self.net.layers[1::2], strict=True):
-            x = relu(linear(x))
+        for linear, act in zip(self.net.layers[::2], self.net.layers[1::2], strict=True):
+            x = act(linear(x))
             found.append(x)
         return found
 
@@ -142,7 +142,7 @@ class CNN_BN(nnx.Module):  # noqa: N801  # the document's name
         def norm() -> BatchNorm:
             return BatchNorm(64, dtype=dtype, param_dtype=param_dtype)
 
-        self.net = nnx.Sequential(conv(3), norm(), jax.nn.relu, conv(64), norm(), jax.nn.relu)
+        self.net = nnx.Sequential(conv(3), norm(), relu, conv(64), norm(), relu)
 
     def __call__(self, x: Array) -> Array:
         """Maps ``(N, H, W, 3)`` to ``(N, H, W, 64)``."""
@@ -175,5 +175,5 @@ class CNN_LN(nnx.Module):  # noqa: N801  # the document's name
 
     def __call__(self, x: Array) -> Array:
         """Maps ``(N, H, W, 3)`` to ``(N, H, W, 64)``."""
-        x = jax.nn.relu(self.ln1(self.conv1(x)))
-        return jax.nn.relu(self.ln2(self.conv2(x)))
+        x = relu(self.ln1(self.conv1(x)))
+        return relu(self.ln2(self.conv2(x)))

@@ -1,5 +1,6 @@
 """The mini project's network: one stable block, three times, with a choice of norm."""
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -132,4 +133,4 @@ class StableCNN(nnx.Module):
         for block in self.blocks:
             x = block(x)
         # (N, H, W, C) -> (N, C * H * W): torch's order, so that its head's weights fit as they are.
-        return self.head(jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1))
+        return self.head(jnp.moveaxis(x, -1, 1).reshape(x.shape[0], math.prod(x.shape[1:])))

@@ -5,6 +5,7 @@ from flax import nnx
 
 from flaxstab import functional
 from flaxstab._checks import check, check_positive
+from flaxstab._dtypes import floating
 from flaxstab._typing import Array, DTypeLike, Shape
 from flaxstab.functional import RunningStats
 
@@ -24,7 +25,8 @@ class Affine(nnx.Module):
     ) -> None:
         check(eps >= 0, "eps must be at least 0", eps=eps)
         self.eps = eps
-        self.dtype = dtype
+        self.dtype = None if dtype is None else floating("dtype", dtype)
+        param_dtype = floating("param_dtype", param_dtype)
         self.scale = nnx.data(nnx.Param(jnp.ones(shape, param_dtype)) if scale else None)
         self.bias = nnx.data(nnx.Param(jnp.zeros(shape, param_dtype)) if scale and bias else None)
 

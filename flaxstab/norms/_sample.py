@@ -1,6 +1,7 @@
 """Normalisation within each sample."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flaxstab import functional
@@ -110,10 +111,11 @@ class LayerNorm(Affine):
     ) -> None:
         del rngs
         axes = normalized_shape
-        shape: Shape = (axes,) if isinstance(axes, int) else tuple(axes)
+        shape: Shape = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
         check(len(shape) > 0, "normalized_shape must name at least one axis", normalized_shape=())
         for size in shape:
             check_positive(normalized_shape=size)
+        shape = tuple(int(size) for size in shape)
         super().__init__(shape, eps, dtype, param_dtype, scale=elementwise_affine, bias=bias)
         self.normalized_shape = shape
 

@@ -12,6 +12,7 @@ import optax
 from flaxstab._checks import check
 from flaxstab._dtypes import widest
 from flaxstab._typing import Array
+from flaxstab.optim._masks import path_names, unwrapped
 
 Hyper: TypeAlias = float | Array | optax.Schedule  # a number, a traced number, or a schedule
 Mask: TypeAlias = Callable[[optax.Params], optax.Params] | optax.Params
@@ -179,15 +180,22 @@ def _decays(mask: Mask | None, params: optax.Params) -> optax.Params:
     if mask is None:
         return jax.tree.map(lambda _: True, params)
     chosen = mask(params) if callable(mask) else mask
-    leaves, count = jax.tree.leaves(chosen), len(jax.tree.leaves(params))
+    flags, wanted = _by_name(chosen), _by_name(params)
+    apart = sorted(".".join(path) for path in flags.keys() ^ wanted.keys())
     check(
-        len(leaves) == count,
-        "mask must have one boolean per parameter",
+        not apart,
+        "mask must have one boolean per parameter, at the parameter's place",
         fix="Pass a function such as decay_mask(model): it fits every form of the tree.",
-        booleans=len(leaves),
-        parameters=count,
+        on_one_side_only=apart,
     )
-    return jax.tree.unflatten(jax.tree.structure(params), [bool(leaf) for leaf in leaves])
+    structure = jax.tree.structure(params)
+    return jax.tree.unflatten(structure, [bool(flags[path]) for path in wanted])
+
+
+def _by_name(tree: optax.Params) -> dict[tuple[str, ...], object]:
+    """Returns a tree's leaves by path, the same for a State and a pure dict."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {unwrapped(path_names(path)): leaf for path, leaf in paths}
 
 
 def _check_adam(

@@ -60,9 +60,8 @@ class DecayMask:
         return jax.tree.unflatten(treedef, [self._role(path).decays for path, _ in paths])
 
     def _role(self, path: tuple[object, ...]) -> Role:
-        names = tuple(_name(entry) for entry in path)
-        # A State's leaves lie one level below their variable, at '.value'.
-        for known in (names, names[:-1] if names[-1:] == ("value",) else names):
+        names = path_names(path)
+        for known in (names, unwrapped(names)):
             if known in self.roles:
                 return self.roles[known]
         raise ValueError(
@@ -126,6 +125,16 @@ def _reason(owner: nnx.Module, name: str, variable: nnx.Variable[jax.Array]) -> 
     if isinstance(owner, _NORMS):
         return "normalisation"
     return "bias" if name.startswith("bias") or name.endswith("_bias") else "weight"
+
+
+def path_names(path: tuple[object, ...]) -> tuple[str, ...]:
+    """Returns the names along a JAX key path."""
+    return tuple(_name(entry) for entry in path)
+
+
+def unwrapped(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns a path without the '.value' at which a State's leaf lies below its variable."""
+    return names[:-1] if names[-1:] == ("value",) else names
 
 
 def _name(entry: object) -> str:

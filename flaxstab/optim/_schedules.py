@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -14,7 +15,7 @@ def warmup_cosine(
 ) -> optax.Schedule:
     """Returns a linear climb from 0 to ``peak``, then a half cosine down to ``end``.
 
-    Same values as ``torch.optim.lr_scheduler.SequentialLR`` of a ``LinearLR`` that starts at 0
+    Same values as ``torch.optim.lr_scheduler.SequentialLR`` of a ``LambdaLR`` that climbs from 0
     and a ``CosineAnnealingLR(T_max=total_steps - warmup_steps, eta_min=end)``, up to the last
     step. After it the rate stays at ``end``; torch's cosine climbs again.
 
@@ -40,8 +41,9 @@ def warmup_cosine(
       I. Loshchilov, F. Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2016,
       arXiv:1608.03983 (equation 5).
     """
+    known = not any(isinstance(n, jax.core.Tracer) for n in (warmup_steps, total_steps))
     check(
-        0 <= warmup_steps < total_steps,
+        not known or 0 <= warmup_steps < total_steps,
         "warmup_steps must be at least 0 and below total_steps",
         warmup_steps=warmup_steps,
         total_steps=total_steps,
@@ -54,7 +56,7 @@ def warmup_cosine(
         # sin² instead of (1 + cos) / 2: the same number without cancellation near the end.
         half = jnp.square(jnp.sin(left * (math.pi / 2 / (total_steps - warmup_steps))))
         cosine = end + (peak - end) * half
-        climbed = jnp.asarray(step, wide) / max(warmup_steps, 1)
+        climbed = jnp.asarray(step, wide) / jnp.maximum(warmup_steps, 1)
         return jnp.where(step < warmup_steps, peak * climbed, cosine)
 
     return schedule

@@ -8,15 +8,19 @@ import numpy as np
 from flax import nnx
 
 from flaxstab import interop
+from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.parity._flax_side import FlaxSide
-from flaxstab.parity._inputs import Inputs, Layout, Values
+from flaxstab.parity._inputs import Inputs, Layout
 from flaxstab.parity._magnitude import magnitude, sensitivity
 from flaxstab.parity._torch_side import TorchSide
 from flaxstab.parity._verdict import Finding, Verdict, judge_numerics, judge_semantics
 
 if TYPE_CHECKING:
     import torch
+
+
+_PASSED_ON = ("output", "evaluation", "grad input")  # what the next layer sees the dtype of
 
 
 class Report(NamedTuple):
@@ -58,7 +62,9 @@ def compare(
     the same inputs. Compared are the output, input and parameter gradients for a random
     cotangent, every buffer after 1, 2 and 10 steps, and evaluation after them: first in float64,
     where both must agree to 1e-12 of each quantity's magnitude, then at each of ``dtypes``, where
-    our error against float64 may be twice torch's plus 2 eps of the sensitivity.
+    our error against float64 may be twice torch's plus 2 eps of the sensitivity, and outputs and
+    input gradients must have torch's dtype. Weights and statistics are rounded to the dtype first;
+    layers with running statistics keep float32 on both sides.
 
     Args:
       flax_side: a module or a function of arrays.
@@ -69,54 +75,69 @@ def compare(
       dtypes: the lower precisions to judge.
       seed: of the cotangent.
 
+    Dropout layers drop the same elements on both sides: torch's ``Dropout`` replays the masks of
+    the :class:`flaxstab.dropout.Dropout` of the same name.
+
     Returns:
       One finding per quantity and precision.
 
     Raises:
-      ValueError: if the weights do not fit, or the sides compute different quantities.
+      ValueError: if the weights do not fit, the sides compute different quantities, or a dropout
+        layer has no counterpart.
     """
+    check(layout in ("image", None), "layout must be 'image' or None", layout=layout)
+    arrays = tuple(interop.to_numpy(array) for array in inputs)
     ours, theirs = FlaxSide(flax_side), TorchSide(torch_side)
-    if isinstance(ours.target, nnx.Module):
-        interop.load_state_dict(ours.target, theirs.state_dict())
-    shape = ours.output_shape(inputs)
+    ours.load(theirs.state_dict())
+    shape = ours.output_shape(arrays)
     cotangent = np.random.default_rng(seed).normal(size=shape)
-    fed = Inputs(inputs, cotangent, layout)
+    fed = Inputs(arrays, cotangent, layout)
     # Two programs of one meaning may differ by the rounding of their terms; how accurate ours
     # should be is a matter of the function alone, or a poor algorithm would excuse itself.
     terms = ours.sizes(fed, magnitude)
+    findings = _judge_semantics(ours, theirs, fed, terms)
     inherent = ours.sizes(fed, sensitivity) if dtypes else {}
-    findings: list[Finding] = []
-    for dtype in (np.float64, *dtypes):
-        findings += _judge(
-            ours, theirs, fed.rounded(dtype), dtype, terms if dtype == np.float64 else inherent
-        )
+    for dtype in dtypes:
+        rounded = theirs.rounded(dtype)
+        ours.load(rounded.state_dict())
+        findings += _judge_numerics(ours, rounded, fed.rounded(dtype), dtype, inherent)
     return Report(tuple(findings))
 
 
-def _judge(
-    ours: FlaxSide, theirs: TorchSide, fed: Inputs, dtype: DTypeLike, sizes: Mapping[str, float]
+def _judge_semantics(
+    ours: FlaxSide, theirs: TorchSide, fed: Inputs, sizes: Mapping[str, float]
 ) -> list[Finding]:
-    oracle = theirs.run(fed, np.float64)
-    if dtype == np.float64:
-        values = _matching(ours.run(fed, dtype), oracle)
-        return [judge_semantics(n, values[n], oracle[n], sizes[n]) for n in oracle]
-    low, torch_low = ours.run(fed, dtype), theirs.run(fed, dtype)
-    kind = jnp.dtype(dtype)
-    return [
-        judge_numerics(n, low[n], torch_low[n], oracle[n], sizes[n], kind)
-        for n in oracle
-        if np.issubdtype(oracle[n].dtype, np.floating)
-    ]
-
-
-def _matching(ours: Values, theirs: Values) -> Values:
-    missing = [name for name in theirs if name not in ours]
-    if missing:
+    oracle = theirs.run(fed, np.float64, ours.target)
+    values = ours.run(fed, np.float64)
+    missing = [name for name in oracle if name not in values]
+    refused = [name for name in missing if not name.startswith("step ")]
+    if refused:
         raise ValueError(
-            f"both sides must compute the same quantities, got none of {', '.join(missing)} "
+            f"both sides must compute the same quantities, got none of {', '.join(refused)} "
             "on the Flax side. Give both modules the same layers."
         )
-    return ours
+    differ = Verdict.SEMANTICS_DIFFER
+    absent = [Finding(n, differ, "float64", np.inf, np.inf, "only PyTorch has it") for n in missing]
+    shared = [judge_semantics(n, a, oracle[n], sizes[n]) for n, a in values.items() if n in oracle]
+    return [*shared, *absent]
+
+
+def _judge_numerics(
+    ours: FlaxSide, theirs: TorchSide, fed: Inputs, dtype: DTypeLike, sizes: Mapping[str, float]
+) -> list[Finding]:
+    oracle = theirs.run(fed, np.float64, ours.target)
+    low, torch_low = ours.run(fed, dtype), theirs.run(fed, dtype, ours.target)
+    kind, findings = jnp.dtype(dtype), []
+    floats = [n for n in oracle if n in low and np.issubdtype(oracle[n].dtype, np.floating)]
+    for name in floats:
+        sides = low[name], torch_low[name]
+        if name.startswith(_PASSED_ON) and sides[0].dtype != sides[1].dtype:
+            words = f"the dtypes differ: {sides[0].dtype} and {sides[1].dtype}"
+            differ = Verdict.SEMANTICS_DIFFER
+            findings.append(Finding(name, differ, kind.name, np.inf, np.inf, words))
+        else:
+            findings.append(judge_numerics(name, *sides, oracle[name], sizes[name], kind))
+    return findings
 
 
 __all__ = ["Finding", "Report", "Verdict", "compare"]

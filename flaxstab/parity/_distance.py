@@ -25,12 +25,16 @@ class Distance(NamedTuple):
     name: str
 
 
-def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> Distance:
+def distance(
+    ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], *, floor: float = 0.0
+) -> Distance:
     """Returns the largest relative difference between two sets of tensors.
 
     Args:
       ours: arrays by name.
       theirs: arrays of the same names and shapes.
+      floor: the size below which a tensor counts as this large, so that one that is all but 0
+        does not make rounding look like a difference.
 
     Raises:
       ValueError: if names or shapes differ.
@@ -45,7 +49,7 @@ def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> Dist
                 f"tensors must have equal shapes, got {name} {ours[name].shape} and {array.shape}."
             )
         a, b = (np.asarray(side, np.float64) for side in (ours[name], array))
-        gap, size = np.max(np.abs(a - b), initial=0), np.max(np.abs(b), initial=0)
+        gap, size = np.max(np.abs(a - b), initial=0), np.max(np.abs(b), initial=floor)
         value = float(gap / size) if size else (np.inf if gap else 0.0)
         # NaN compares as neither larger nor smaller: it must not hide, nor be hidden.
         if not (value <= worst.value or np.isnan(worst.value)):
@@ -54,13 +58,14 @@ def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> Dist
 
 
 def model_distances(
-    flax_model: nnx.Module, torch_model: "torch.nn.Module"
+    flax_model: nnx.Module, torch_model: "torch.nn.Module", *, floor: float = 0.0
 ) -> tuple[Distance, Distance]:
     """Returns how far parameters are apart, and how far running statistics.
 
     Args:
       flax_model: a model.
       torch_model: its twin, with the same names.
+      floor: of the parameters' sizes, see :func:`distance`.
     """
     ours = interop.state_dict(flax_model)
     named = dict(torch_model.named_parameters())
@@ -68,7 +73,7 @@ def model_distances(
     statistics = [name for name in theirs if name not in named]
     if ours.keys() != theirs.keys():
         distance(ours, theirs)
-    params = distance({n: ours[n] for n in named}, {n: theirs[n] for n in named})
+    params = distance({n: ours[n] for n in named}, {n: theirs[n] for n in named}, floor=floor)
     return params, distance({n: ours[n] for n in statistics}, {n: theirs[n] for n in statistics})
 
 

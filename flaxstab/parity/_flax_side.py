@@ -40,11 +40,18 @@ class FlaxSide:
     """A Flax module or a JAX function, ready to be run at any precision.
 
     Args:
-      target: the module, in training mode (it is copied, never changed), or the function.
+      target: the module (it is copied, never changed, and set to training mode), or the function.
     """
 
     def __init__(self, target: nnx.Module | Callable[..., Array]) -> None:
         self.target = nnx.clone(target) if isinstance(target, nnx.Module) else target
+        if isinstance(self.target, nnx.Module):
+            self.target.train()
+
+    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Gives a module the weights and statistics of its twin."""
+        if isinstance(self.target, nnx.Module):
+            interop.load_state_dict(self.target, tensors)
 
     def output_shape(self, arrays: tuple[np.ndarray, ...]) -> tuple[int, ...]:
         """Returns the output's shape."""

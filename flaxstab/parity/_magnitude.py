@@ -10,8 +10,11 @@ from jax.extend import core
 from flaxstab._typing import Array
 
 _DRAWS = 2
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # where a call primitive keeps what it calls
-_LOOPS = ("scan", "while", "cond")  # their bodies are differentiated as one operation
+_CALLS = {  # operations that call a program once, and where they keep it; all others are one step
+    "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "checkpoint": "jaxpr",
+    "remat2": "jaxpr",
+}  # fmt: skip
 _EXACT = {  # operations that round nothing
     "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "dynamic_slice",
     "dynamic_update_slice", "gather", "max", "min", "neg", "pad", "reshape", "rev", "select_n",
@@ -57,7 +60,9 @@ def sensitivity(compute: Compute, *arguments: object, seed: int = 0) -> Mapping[
     """Returns how far each result moves if the arguments alone move by one unit of their size.
 
     As :func:`magnitude`, without moving intermediate results: a property of the function and its
-    arguments, the same for every algorithm. eps times it is the error that no program avoids.
+    arguments, the same for every algorithm: eps times it is what rounding the arguments does. A
+    program may do better with exact arguments, and where that is claimed (norms at an offset) it
+    needs a test of its own.
 
     Args:
       compute: a differentiable function to a tree of floating-point arrays.
@@ -112,8 +117,8 @@ def _run(closed: core.ClosedJaxpr, duals: Sequence[Dual], move: Move) -> list[Du
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        body = next((eqn.params[name] for name in _CALLS if name in eqn.params), None)
-        if body is None or eqn.primitive.name in _LOOPS:
+        body = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+        if body is None:
             outputs = _apply(eqn, inputs)
             if eqn.primitive.name not in _EXACT:
                 outputs = [(value, move(value, change)) for value, change in outputs]

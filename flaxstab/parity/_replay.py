@@ -33,19 +33,21 @@ def replayed_dropout(
       Nothing.
 
     Raises:
-      ValueError: if a torch dropout layer has no counterpart, or another probability.
+      ValueError: if a torch dropout layer has no counterpart or another probability, is of
+        another kind, or works in place.
     """
     import torch
 
     layers = interop.named_modules(flax_model)
     handles = []
     for name, module in torch_model.named_modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             source = layers.get(name)
-            if not isinstance(source, Dropout) or source.p != module.p:
+            plain = type(module) is torch.nn.Dropout and not module.inplace
+            if not plain or not isinstance(source, Dropout) or source.p != module.p:
                 raise ValueError(
-                    "every torch dropout needs a flaxstab Dropout of its name and probability, "
-                    f"got {name!r} with p={module.p}."
+                    "every torch dropout must be a torch.nn.Dropout, not in place, with a flaxstab "
+                    f"Dropout of its name and probability, got {name!r}: {module}."
                 )
             handles.append(module.register_forward_hook(_hook(source, layout)))
     try:

@@ -4,7 +4,9 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from flaxstab._typing import DTypeLike
 from flaxstab.parity._inputs import (
@@ -15,6 +17,7 @@ from flaxstab.parity._inputs import (
     channels_last,
     growth,
 )
+from flaxstab.parity._replay import replayed_dropout
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +34,7 @@ class TorchSide:
     """A PyTorch module or function, ready to be run at any precision.
 
     Args:
-      target: the module, in training mode (it is copied, never changed), or the function.
+      target: the module (it is copied, never changed, and set to training mode), or the function.
     """
 
     def __init__(self, target: "torch.nn.Module | Callable[..., torch.Tensor]") -> None:
@@ -39,20 +42,46 @@ class TorchSide:
 
         self.function = target
         self.module = copy.deepcopy(target) if isinstance(target, torch.nn.Module) else None
+        if self.module is not None:
+            self.module.train()
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Returns the module's tensors by name; of a function, none."""
         state = {} if self.module is None else self.module.state_dict()
         return {name: tensor.numpy() for name, tensor in state.items()}
 
-    def run(self, inputs: Inputs, dtype: DTypeLike) -> Values:
-        """Returns every quantity, computed with inputs, parameters and statistics of a dtype."""
+    def rounded(self, dtype: DTypeLike) -> "TorchSide":
+        """Returns a copy whose parameters and buffers are rounded to a dtype, and kept as wide.
+
+        So every precision starts from the same numbers, and rounding them is nobody's error.
+        """
+        side = TorchSide(self.function if self.module is None else self.module)
+        tensors = [] if side.module is None else [*side.module.parameters(), *side.module.buffers()]
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch_dtype(dtype)).to(tensor.dtype)
+        return side
+
+    def run(self, inputs: Inputs, dtype: DTypeLike, masks: object = None) -> Values:
+        """Returns every quantity, computed with inputs and parameters of a dtype.
+
+        Layers with running statistics keep them, and their parameters, in float32 or wider.
+        Dropout layers replay the masks of ``masks``, if that is a Flax module.
+        """
+        module = None if self.module is None else _at_precision(self.module, torch_dtype(dtype))
+        if module is None or not isinstance(masks, nnx.Module):
+            return self._run(module, inputs, dtype)
+        with replayed_dropout(masks, module, inputs.layout):
+            return self._run(module, inputs, dtype)
+
+    def _run(
+        self, module: "torch.nn.Module | None", inputs: Inputs, dtype: DTypeLike
+    ) -> dict[str, np.ndarray]:
         import torch
 
         kind = torch_dtype(dtype)
         arrays = [torch.tensor(channels_first(a, inputs.layout)) for a in inputs.arrays]
         tensors = [a.to(kind).requires_grad_() if a.is_floating_point() else a for a in arrays]
-        module = None if self.module is None else copy.deepcopy(self.module).to(kind)
         output = (self.function if module is None else module)(*tensors)
         cotangent = torch.tensor(channels_first(inputs.cotangent, inputs.layout)).to(output.dtype)
         if output.shape != cotangent.shape:
@@ -93,8 +122,21 @@ def _trained(
     return {**found, "evaluation": evaluated}
 
 
+def _at_precision(module: "torch.nn.Module", kind: "torch.dtype") -> "torch.nn.Module":
+    """Returns a copy at a dtype; batch and instance norms stay in float32 at least, as ours do."""
+    import torch
+
+    result = copy.deepcopy(module).to(kind)
+    for layer in result.modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._NormBase) and kind.itemsize < 4:
+            layer.float()
+    return result
+
+
 def _numpy(tensor: "torch.Tensor") -> np.ndarray:
+    import torch
+
     array = tensor.detach()
-    return (
-        array.float() if array.dtype.itemsize < 4 and array.is_floating_point() else array
-    ).numpy()
+    if array.dtype == torch.bfloat16:
+        return array.float().numpy().astype(jnp.bfloat16)
+    return array.numpy()

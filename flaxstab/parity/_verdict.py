@@ -59,7 +59,7 @@ def judge_semantics(name: str, ours: np.ndarray, theirs: np.ndarray, magnitude: 
     if mismatch:
         return Finding(name, Verdict.SEMANTICS_DIFFER, "float64", np.inf, np.inf, mismatch)
     distance = _distance(ours, theirs)
-    error = distance / magnitude if magnitude else (np.inf if distance else 0.0)
+    error = _ratio(distance, magnitude)
     verdict = Verdict.AGREE if error <= SEMANTICS else Verdict.SEMANTICS_DIFFER
     words = f"the sides differ by {error:.1e} of the magnitude {magnitude:.1e} in float64"
     return Finding(name, verdict, "float64", error, error, words)
@@ -84,23 +84,27 @@ def judge_numerics(
       dtype: the precision judged.
     """
     label = np.dtype(dtype).name
-    mismatch = _mismatch(ours, oracle) or _mismatch(theirs, oracle)
-    if mismatch:
-        return Finding(name, Verdict.SEMANTICS_DIFFER, label, np.inf, np.inf, mismatch)
+    if ours.shape != oracle.shape or theirs.shape != oracle.shape:
+        words = f"the shapes differ: {ours.shape} and {theirs.shape}"
+        return Finding(name, Verdict.SEMANTICS_DIFFER, label, np.inf, np.inf, words)
     unit = float(jnp.finfo(dtype).eps) * sensitivity
+    # NaN or infinity that float64 does not have is an error without bound, of that side.
     jax_error, torch_error = (
-        d / unit if unit else (np.inf if d else 0.0)
-        for d in (_distance(ours, oracle), _distance(theirs, oracle))
+        np.inf if _mismatch(side, oracle) else _ratio(_distance(side, oracle), unit)
+        for side in (ours, theirs)
     )
     verdict = Verdict.AGREE
     if not jax_error <= 2 * torch_error + 2:  # also for NaN
         verdict = Verdict.JAX_WORSE
     elif torch_error > 2 * jax_error + 2:
         verdict = Verdict.TORCH_WORSE
-    words = (
-        f"JAX is {jax_error:.2g} and PyTorch {torch_error:.2g} eps of its sensitivity off float64"
-    )
+    figures = f"JAX is {jax_error:.2g} and PyTorch {torch_error:.2g} eps of its sensitivity off"
+    words = _mismatch(ours, oracle) or _mismatch(theirs, oracle) or f"{figures} float64"
     return Finding(name, verdict, label, jax_error, torch_error, words)
+
+
+def _ratio(distance: float, unit: float) -> float:
+    return distance / unit if unit else (np.inf if distance else 0.0)
 
 
 def _mismatch(a: np.ndarray, b: np.ndarray) -> str:
