@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from _cli import Parser, leave, whole
+from _cli import LARGEST_SEED, Parser, leave, whole
 from _data import Cifar10, DataError, load_binary, load_small
 from _output import Folder, Result, draw_agreement, draw_curves, largest_gaps
 from _plan import EvaluatesTwin, Plan, Run, Step

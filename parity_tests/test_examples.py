@@ -177,7 +177,7 @@ def without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_main_job_runs_without_torch_and_says_so(tmp_path: Path) -> None:
-    done = without_torch("--variants", "bn-relu", "--batch-size", "2500", "--epochs", "1",
+    done = without_torch("--variants", "bn-relu", "--batch-size", "250", "--epochs", "1",
                          "--small-batch", "0", "--output", str(tmp_path / "out"))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "PyTorch is not installed: no steps beside it" in done.stdout
@@ -342,17 +342,25 @@ def test_accumulation_is_ghost_batch_normalisation() -> None:
     assert whole < 1e4 * np.finfo(np.float32).eps
 
 
-def test_small_batches_disturb_batch_normalisation_alone(
-    small_data: _data.Cifar10, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_batches_disturb_batch_normalisation_alone(small_data: _data.Cifar10) -> None:
     images = small_data.normalized(np.dtype("float32")).train_images
-    monkeypatch.setattr(small_batch, "COMPANIES", 4)
     noise = {
         n: [small_batch.companion_noise(n, b, images) for b in (2, 32)] for n in ("batch", "group")
     }
     assert noise["batch"][0] > 2 * noise["batch"][1] > 0
     assert max(noise["group"]) < 1e3 * np.finfo(np.float32).eps
+
+
+def test_the_small_batch_example_trains_prints_and_draws(
+    small_data: _data.Cifar10, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data = small_data.normalized(np.dtype("float32"))
+    assert 0 < small_batch.accuracy("ghost", 32, data, 64, 0) <= 1
+    # The rest of the example without its twelve other trainings.
+    monkeypatch.setattr(small_batch, "accuracy", lambda *_: 0.25)
     monkeypatch.setattr(small_batch, "BATCHES", (32,))
-    monkeypatch.setattr(small_batch, "COMPANIES", 4)
+    monkeypatch.setattr(small_batch, "COMPANIES", 2)
     assert small_batch.main(["--samples", "64", "--output", str(tmp_path)]) == 0
+    assert "25.0%" in capsys.readouterr().out
     assert (tmp_path / "small_batch.png").exists()
