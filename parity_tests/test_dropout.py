@@ -222,3 +222,8 @@ def test_a_view_changes_the_mode_and_not_the_layer() -> None:
     layer = Dropout(rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(nnx.view(layer, deterministic=True)(x), x)
     assert (layer(x) != x).any()
+
+
+def test_a_missing_stream_is_named() -> None:
+    with pytest.raises(ValueError, match="needs a 'dropout' stream or a default one"):
+        Dropout(0.5, rngs=nnx.Rngs(params=0))

@@ -306,3 +306,23 @@ def test_kernel_and_bias_are_drawn_by_the_given_initializers() -> None:
         layer = make(kernel_init=fill(2.0), bias_init=fill(3.0), rngs=RNGS)
         assert set(np.unique(layer.kernel[...])) == {2.0}
         assert set(np.unique(layer.bias[...])) == {3.0}
+
+
+def test_numpy_integers_and_lists_are_sizes_like_any_other() -> None:
+    layer = linear.Conv(np.int64(3), 2, [3, 3], padding=[1, np.int32(1)], rngs=nnx.Rngs(0))
+    assert layer(jnp.ones((1, 4, 4, 3))).shape == (1, 4, 4, 2)
+    assert isinstance(hash(nnx.graphdef(layer)), int)
+    assert linear.Linear(np.int64(3), 2, rngs=nnx.Rngs(0))(jnp.ones((1, 3))).shape == (1, 2)
+
+
+def test_the_function_checks_what_the_layer_checks() -> None:
+    x, kernel = jnp.ones((1, 6, 6, 2)), jnp.ones((3, 3, 2, 2))
+    with pytest.raises(ValueError, match="padding='same' needs stride 1, got stride=2"):
+        functional.conv(x, kernel, stride=2, padding="same")
+    with pytest.raises(ValueError, match=r"padding_mode must be one of .* got padding_mode='zero'"):
+        functional.conv(x, kernel, padding_mode="zero")
+
+
+def test_an_integer_param_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="param_dtype must be a floating-point dtype"):
+        linear.Linear(3, 2, param_dtype=jnp.int32, rngs=nnx.Rngs(0))

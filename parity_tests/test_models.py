@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pickle
 from collections.abc import Callable
 
 import jax
@@ -217,3 +218,13 @@ def test_bad_arguments_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(**arguments, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("make", [models.SmallCNN, models.StableCNN])
+def test_an_empty_batch_passes_and_the_model_can_be_pickled(make: type[nnx.Module]) -> None:
+    model = make(rngs=nnx.Rngs(0))
+    model.eval()
+    assert model(jnp.ones((0, 32, 32, 3))).shape == (0, 10)
+    copied = pickle.loads(pickle.dumps(model))  # noqa: S301
+    x = jnp.ones((2, 32, 32, 3))
+    np.testing.assert_array_equal(copied(x), model(x))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flaxstab import norms
+from flaxstab import functional, norms
 from parity_tests.support.cases import values
 from parity_tests.support.layers import OFFSET_ERROR, assert_same
 
@@ -233,3 +233,27 @@ def test_small_deviations_are_divided_by_torchs_eps(make: Callable[..., object])
     error = np.abs(np.asarray(make()(jnp.asarray(x)), np.float64) - exact).max()
     # x - mean is exact to eps * std here, so the error is in eps of the output's own size.
     assert error <= 8 * np.finfo(np.float32).eps * np.abs(exact).max()
+
+
+def test_what_the_mask_leaves_out_reaches_neither_output_nor_gradient() -> None:
+    x = values(6, C).astype(np.float32)
+    mask = np.array([True, True, False, True, False, True])[:, None]
+    cotangent = values(6, C, seed=1).astype(np.float32) * mask
+
+    def gradients(padding: float) -> tuple[jax.Array, ...]:
+        def loss(x: jax.Array, scale: jax.Array) -> jax.Array:
+            y, _ = functional.batch_norm(x, scale, mask=jnp.asarray(mask))
+            return jnp.sum(jnp.where(mask, y, 0) * cotangent)
+
+        return jax.grad(loss, (0, 1))(jnp.where(mask, x, padding), jnp.ones(C))
+
+    expected = gradients(0.0)
+    for padding in (np.nan, np.inf, 1e30):
+        for found, wanted in zip(gradients(padding), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+def test_an_integer_dtype_is_refused_when_the_layer_is_built(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a floating-point dtype, got {name}="):
+        norms.BatchNorm(C, **{name: jnp.int32})

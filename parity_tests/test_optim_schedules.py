@@ -138,3 +138,10 @@ def test_steps_that_do_not_fit_are_refused(warmup: int, total: int) -> None:
     )
     with pytest.raises(ValueError, match=message):
         optim.warmup_cosine(0.1, warmup, total)
+
+
+def test_traced_steps_pass_unchecked() -> None:
+    def rate(total: jax.Array) -> jax.Array:
+        return optim.warmup_cosine(0.1, 5, total)(jnp.asarray(10))
+
+    assert float(jax.jit(rate)(jnp.asarray(15))) == float(rate(15))

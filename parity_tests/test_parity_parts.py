@@ -359,3 +359,27 @@ def test_replayed_dropout_names_a_layer_without_counterpart(theirs: object, name
         parity.replayed_dropout(Dropping(), model),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [torch.nn.Dropout(0.3, inplace=True), torch.nn.Dropout1d(0.3), torch.nn.AlphaDropout(0.3)],
+)
+def test_dropout_that_cannot_be_replayed_is_refused(layer: torch.nn.Module) -> None:
+    class Ours(nnx.Module):
+        def __init__(self) -> None:
+            self.drop = dropout.Dropout(0.3, rngs=nnx.Rngs(0))
+
+    theirs = torch.nn.Module()
+    theirs.drop = layer
+    with (
+        pytest.raises(ValueError, match=r"must be a torch\.nn\.Dropout, not in place"),
+        parity.replayed_dropout(Ours(), theirs),
+    ):
+        pass
+
+
+def test_small_tensors_count_as_large_as_the_floor() -> None:
+    ours, theirs = {"b": np.array([2e-9])}, {"b": np.array([1e-9])}
+    assert parity.distance(ours, theirs).value == 1
+    assert parity.distance(ours, theirs, floor=2.0**-10).value == 1e-9 * 2**10
