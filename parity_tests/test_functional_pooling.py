@@ -208,7 +208,9 @@ POOLS = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("pool", [*POOLS.values(), functional.adaptive_avg_pool], ids=str)
+@pytest.mark.parametrize(
+    "pool", [*POOLS.values(), functional.adaptive_avg_pool], ids=lambda pool: pool.__name__
+)
 def test_pooling_keeps_the_dtype(pool: Callable[..., object], dtype: str) -> None:
     assert pool(jnp.ones((1, 4, 1), dtype), 2).dtype == dtype
 

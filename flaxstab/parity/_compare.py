@@ -66,6 +66,9 @@ def compare(
     input gradients must have torch's dtype. Weights and statistics are rounded to the dtype first;
     layers with running statistics keep float32 on both sides.
 
+    Dropout layers drop the same elements on both sides: torch's ``Dropout`` replays the masks of
+    the :class:`flaxstab.dropout.Dropout` of the same name.
+
     Args:
       flax_side: a module or a function of arrays.
       torch_side: its counterpart.
@@ -74,9 +77,6 @@ def compare(
         gradients back; ``None`` gives both sides the same arrays. Never guessed.
       dtypes: the lower precisions to judge.
       seed: of the cotangent.
-
-    Dropout layers drop the same elements on both sides: torch's ``Dropout`` replays the masks of
-    the :class:`flaxstab.dropout.Dropout` of the same name.
 
     Returns:
       One finding per quantity and precision.
@@ -138,6 +138,3 @@ def _judge_numerics(
         else:
             findings.append(judge_numerics(name, *sides, oracle[name], sizes[name], kind))
     return findings
-
-
-__all__ = ["Finding", "Report", "Verdict", "compare"]
