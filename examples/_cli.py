@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -42,6 +43,35 @@ def make_folder(parser: Parser, path: Path) -> Path:
     except OSError as error:
         parser.error(f"--output must be a folder that can be made, got {path}: {error.strerror}")
     return path
+
+
+class Interrupt:
+    """Turns Ctrl-C into a question that the training loop asks between two steps.
+
+    Python may raise ``KeyboardInterrupt`` where nobody hears it, in a callback of the compiler
+    say. A second Ctrl-C raises it at once. Use as a context manager, in the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check(self) -> None:
+        """Raises ``KeyboardInterrupt`` if Ctrl-C was pressed."""
+        if self._asked:
+            raise KeyboardInterrupt
 
 
 def leave(code: int) -> NoReturn:

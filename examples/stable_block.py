@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from _cli import LARGEST_SEED, Parser, leave, whole
+from _cli import LARGEST_SEED, Interrupt, Parser, leave, whole
 from _data import Cifar10, DataError, load_binary, load_small
 from _output import Folder, Result, draw_agreement, draw_curves, largest_gaps
 from _plan import EvaluatesTwin, Plan, Run, Step
@@ -168,10 +168,12 @@ class Trainer:
     Args:
       folder: where the log goes.
       console: where the progress goes.
+      interrupt: asked after each step.
     """
 
-    def __init__(self, folder: Folder, console: Console) -> None:
+    def __init__(self, folder: Folder, console: Console, interrupt: Interrupt) -> None:
         self.folder = folder
+        self._interrupt = interrupt
         self.results: list[Result] = []
         self._console = console
 
@@ -225,6 +227,7 @@ class Trainer:
                 self._report(run.reports(len(result.steps) - before, done), result, progress)
             if look:
                 self._evaluate(run, result)
+            self._interrupt.check()
 
     def _evaluate(self, run: Run, result: Result) -> None:
         evaluation, steps = run.evaluate(), len(result.steps)
@@ -345,14 +348,16 @@ def run(options: argparse.Namespace, console: Console) -> int:
     except (ValueError, OSError) as error:
         print(f"stable_block.py: {error}", file=sys.stderr)
         return 2
-    trainer, code = Trainer(folder, console), 0
-    try:
-        for plan in wanted:
-            trainer.train(options.framework, plan, data)
-        twin_proof(trainer, options, data)
-    except KeyboardInterrupt:
-        console.print("Interrupted: what was logged is kept.")
-        code = 130
+    code = 0
+    with Interrupt() as interrupt:
+        trainer = Trainer(folder, console, interrupt)
+        try:
+            for plan in wanted:
+                trainer.train(options.framework, plan, data)
+            twin_proof(trainer, options, data)
+        except KeyboardInterrupt:
+            console.print("Interrupted: what was logged is kept.")
+            code = 130
     finish(folder, console, trainer.results)
     return code
 

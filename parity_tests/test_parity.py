@@ -12,8 +12,11 @@ from flax import nnx
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from flaxstab import dropout, functional, interop, linear, norms, parity
+from flaxstab import dropout, functional, linear, norms, parity
 from flaxstab.parity import Verdict
+from flaxstab.parity._flax_side import FlaxSide
+from flaxstab.parity._inputs import Inputs
+from flaxstab.parity._torch_side import TorchSide
 from parity_tests.support.cases import values
 
 RNGS = nnx.Rngs(0)
@@ -345,26 +348,14 @@ def test_an_output_of_another_dtype_is_found() -> None:
     assert found["output", "bfloat16"].explanation.startswith("the dtypes differ: float32")
 
 
-def test_running_statistics_rounded_to_bfloat16_in_evaluation_are_found() -> None:
-    class Rounding(norms.BatchNorm):
-        def __call__(self, x: jax.Array) -> jax.Array:
-            if self.use_running_average:
-                rounded = [
-                    v[...].astype(jnp.bfloat16).astype(v.dtype) for v in (self.mean, self.var)
-                ]
-                running = functional.RunningStats(*rounded, self.count[...])
-                return functional.batch_norm_inference(x, running, self.scale[...], self.bias[...])
-            return super().__call__(x)
-
-    interop.register(Rounding, **interop._rules.RULES[norms.BatchNorm]._asdict())
-    try:
-        report = parity.compare(
-            Rounding(4), torch.nn.BatchNorm1d(4), X + 40, dtypes=(jnp.bfloat16,)
-        )
-    finally:
-        del interop._rules.RULES[Rounding]
-    worst = {f.name: f for f in report.findings if f.dtype == "bfloat16"}["evaluation"]
-    assert worst.verdict == parity.Verdict.JAX_WORSE
+def test_running_statistics_stay_in_float32_on_both_sides_of_a_bfloat16_run() -> None:
+    fed = Inputs((X,), np.ones_like(X), None).rounded(jnp.bfloat16)
+    twin = TorchSide(torch.nn.BatchNorm1d(4)).rounded(jnp.bfloat16)
+    ours = FlaxSide(norms.BatchNorm(4))
+    for side in (ours, twin):
+        found = side.run(fed, jnp.bfloat16)
+        assert found["output"].dtype == jnp.bfloat16
+        assert found["step 10 running_var"].dtype == np.float32
 
 
 def test_a_layout_that_is_none_is_refused() -> None:
