@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,26 +46,34 @@ def make_folder(parser: Parser, path: Path) -> Path:
     return path
 
 
+@contextmanager
+def on_interrupt(handler: Callable[..., object] | signal.Handlers) -> Iterator[None]:
+    """Answers Ctrl-C with a handler inside the block; the old one comes back behind it.
+
+    Only the main thread may set handlers: elsewhere the block runs as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 class Interrupt:
     """Turns Ctrl-C into a question that the training loop asks between two steps.
 
     Python may raise ``KeyboardInterrupt`` where nobody hears it, in a callback of the compiler
-    say. A second Ctrl-C raises it at once. Use as a context manager, in the main thread.
+    say. A second Ctrl-C raises it at once.
     """
 
     def __init__(self) -> None:
         self._asked = False
 
-    def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _ask(self, *_: object) -> None:
+    def ask(self, *_: object) -> None:
+        """Remembers Ctrl-C; the handler for :func:`on_interrupt`."""
         self._asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -95,12 +95,13 @@ class Folder:
         partial.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(partial, self.path / name)
 
-    def save_figure(self, name: str, figure: "plt.Figure") -> None:
-        """Writes a figure whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        figure.savefig(partial, dpi=120, format="png")
-        plt.close(figure)
-        os.replace(partial, self.path / name)
+
+def save_figure(path: Path, figure: "plt.Figure") -> None:
+    """Writes a figure whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(partial, path)
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:

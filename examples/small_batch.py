@@ -14,6 +14,7 @@ import numpy as np
 from _cli import LARGEST_SEED, Parser, leave, make_folder, whole
 from _data import Cifar10, load_small
 from _jax_side import JaxRun
+from _output import save_figure
 from _plan import Plan
 from flax import nnx
 from rich.console import Console
@@ -179,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table_of(title, accuracies, ".1%"))
 
     path = folder / "small_batch.png"
-    draw(noise, accuracies).savefig(path, dpi=120)
+    save_figure(path, draw(noise, accuracies))
     console.print(f"Written: [bold]{path}[/]", highlight=False)
     return 0
 

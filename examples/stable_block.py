@@ -6,10 +6,10 @@ both frameworks compute the same. Uses a GPU or TPU if there is one, and all dev
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import signal
 import sys
-import threading
 import time
 from collections.abc import Container, Sequence
 from datetime import datetime
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from _cli import LARGEST_SEED, Interrupt, Parser, leave, whole
+from _cli import LARGEST_SEED, Interrupt, Parser, leave, on_interrupt, whole
 from _data import Cifar10, DataError, load_binary, load_small
-from _output import Folder, Result, draw_agreement, draw_curves, largest_gaps
+from _output import Folder, Result, draw_agreement, draw_curves, largest_gaps, save_figure
 from _plan import EvaluatesTwin, Plan, Run, Step
 from rich.console import Console
 from rich.progress import (
@@ -305,8 +305,6 @@ def twin_proof(trainer: Trainer, options: argparse.Namespace, data: Cifar10) -> 
 
 def finish(folder: Folder, console: Console, results: Sequence[Result]) -> None:
     """Writes summary and figures of what has been trained, and prints the tables."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here it is a matter of seconds
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
     folder.write_json("summary.json", {
         "versions": versions, "devices": [str(d) for d in jax.devices()],
@@ -316,10 +314,10 @@ def finish(folder: Folder, console: Console, results: Sequence[Result]) -> None:
     trained = [r for r in results if r.steps and r.evaluations]
     figures = ["curves.png"] if trained else []
     if trained:
-        folder.save_figure("curves.png", draw_curves(trained))
+        save_figure(folder.path / "curves.png", draw_curves(trained))
         console.print(outcome_table(trained))
     if compared:
-        folder.save_figure("agreement.png", draw_agreement(compared))
+        save_figure(folder.path / "agreement.png", draw_agreement(compared))
         figures.append("agreement.png")
         console.print(agreement_table(compared))
     files = ", ".join(["metrics.jsonl", "summary.json", *figures])
@@ -349,8 +347,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
         print(f"stable_block.py: {error}", file=sys.stderr)
         return 2
     code = 0
-    with Interrupt() as interrupt:
-        trainer = Trainer(folder, console, interrupt)
+    interrupt = Interrupt()
+    trainer = Trainer(folder, console, interrupt)
+    with on_interrupt(interrupt.ask):
         try:
             for plan in wanted:
                 trainer.train(options.framework, plan, data)
@@ -358,7 +357,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         except KeyboardInterrupt:
             console.print("Interrupted: what was logged is kept.")
             code = 130
-    finish(folder, console, trainer.results)
+    with on_interrupt(signal.SIG_IGN):  # it is a matter of seconds
+        finish(folder, console, trainer.results)
     return code
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from _cli import Parser, leave, make_folder, whole
+from _output import save_figure
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         console.print(f"PyTorch, same weights: largest relative difference {max(gaps):.1e}")
     path = folder / "variance.png"
-    draw(measured).savefig(path, dpi=120)
+    save_figure(path, draw(measured))
     console.print(f"Written: [bold]{path}[/]", highlight=False)
     return 0
 

@@ -250,7 +250,9 @@ def test_an_interruption_keeps_what_was_logged(
     monkeypatch.setattr(_jax_side.JaxRun, "step", interrupted)
     out = tmp_path / "out"
     arguments = ["--batch-size", "2", "--epochs", "1", "--output", str(out)]
+    handler = signal.getsignal(signal.SIGINT)
     assert stable_block.main(arguments) == 130
+    assert signal.getsignal(signal.SIGINT) is handler
     assert len([r for r in records(out) if "loss" in r]) >= stable_block.REPORT_EVERY
     (summary,) = json.loads((out / "summary.json").read_text())["runs"]
     assert not summary["finished"]

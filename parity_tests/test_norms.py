@@ -288,4 +288,5 @@ def test_statistics_are_followed_inside_nnx_jit(make: Callable[..., object]) -> 
     nnx.jit(lambda m, x: m(x))(layer, x)
     twin(x)
     assert layer.count[...] == twin.count[...] > 0
+    # The compiled program fuses multiplications with additions: a few roundings, eight at most.
     np.testing.assert_allclose(layer.var[...], twin.var[...], rtol=jnp.finfo(jnp.float32).eps * 8)
