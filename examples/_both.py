@@ -42,7 +42,7 @@ class BothRuns:
 
     def step(self) -> None:
         """Takes one step in every run and measures how far apart they are."""
-        with parity.replayed_dropout(self._jax.model, self._torch.model, layout="image"):
+        with parity.replayed(self._jax.model, self._torch.model, layout="image"):
             self._torch.step()
         self._jax.step()
         self._copy.step()

@@ -4,7 +4,7 @@ from typing import Protocol, TypeAlias
 
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 __all__ = [
     "Array",
@@ -15,6 +15,7 @@ __all__ = [
     "Float",
     "Initializer",
     "Int",
+    "PyTree",
     "Shape",
     "Sizes",
 ]

@@ -10,3 +10,7 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+from parity_tests.support.random_checks import budget
+
+__all__ = ["budget"]

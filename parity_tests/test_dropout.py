@@ -14,8 +14,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from flaxstab import functional
 from flaxstab.dropout import Dropout
+from flaxstab.parity import Budget, HasMean
+from parity_tests.support import random_checks
 from parity_tests.support.cases import values
-from parity_tests.support.layers import assert_same, hoeffding
+from parity_tests.support.layers import assert_same
 
 X = values(40, 30)
 TORCH = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,32 +116,34 @@ DRAWS = 2_000_000
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_dropout_drops_with_probability_p(p: float) -> None:
-    """2e6 draws within Hoeffding's bound 2.3e-3; a false failure has probability 1e-9."""
-    kept = np.asarray(functional.dropout_mask(jax.random.key(0), p, (DRAWS,)))
-    assert abs(kept.mean() - (1 - p)) <= hoeffding(DRAWS)
-    assert p not in (0.0, 1.0) or len(set(kept.tolist())) == 1
+def test_dropout_drops_with_probability_p(p: float, budget: Budget) -> None:
+    """2e6 draws: a probability off by 0.005 is found; 0 and 1 are exact."""
+    kept = functional.dropout_mask(jax.random.key(0), p, (DRAWS,))
+    found = HasMean(1 - p, discrepancy=0.005).check(kept, budget)
+    assert found.passed, str(found)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 64])
-def test_neighbours_are_dropped_independently(lag: int) -> None:
-    """Disjoint pairs at each lag: both kept with probability 0.25, within Hoeffding's bound."""
+def test_neighbours_are_dropped_independently(lag: int, budget: Budget) -> None:
+    """Of a million disjoint pairs at each lag a quarter is kept; 0.006 off is found."""
     kept = np.asarray(functional.dropout_mask(jax.random.key(1), 0.5, (DRAWS,)))
     blocks = kept[: DRAWS // (2 * lag) * 2 * lag].reshape(-1, 2, lag)
-    pairs = (blocks[:, 0] & blocks[:, 1]).ravel()
-    assert abs(pairs.mean() - 0.25) <= hoeffding(len(pairs))
+    found = HasMean(0.25, discrepancy=0.006).check(blocks[:, 0] & blocks[:, 1], budget)
+    assert found.passed, str(found)
 
 
-def test_dropout_keeps_the_mean() -> None:
-    """2e6 ones at p = 0.25 become 0 or 4/3; Hoeffding's bound, false failure 1e-9."""
+def test_dropout_keeps_the_mean(budget: Budget) -> None:
+    """2e6 ones at p = 0.25 become 0 or 4/3; a mean off by 0.005 is found."""
     layer = Dropout(0.25, rngs=nnx.Rngs(dropout=2))
-    y = np.asarray(layer(jnp.ones(DRAWS)), np.float64)
-    assert abs(y.mean() - 1) <= hoeffding(DRAWS, 4 / 3)
+    claim = HasMean(1.0, discrepancy=0.005, high=float(np.float32(4 / 3)))
+    found = claim.check(layer(jnp.ones(DRAWS)), budget)
+    assert found.passed, str(found)
 
 
-def test_the_frequency_test_sees_a_wrong_probability() -> None:
-    kept = np.asarray(functional.dropout_mask(jax.random.key(0), 0.5, (DRAWS,)))
-    assert abs(kept.mean() - (1 - 0.505)) > hoeffding(DRAWS)
+def test_the_frequency_test_sees_a_wrong_probability(budget: Budget) -> None:
+    kept = functional.dropout_mask(jax.random.key(0), 0.505, (DRAWS,))
+    paid = random_checks.for_faults(budget)
+    assert not HasMean(0.5, discrepancy=0.005).check(kept, paid).passed
 
 
 def test_masks_do_not_depend_on_the_x64_mode() -> None:

@@ -98,7 +98,7 @@ def test_dropout_is_torchs_with_the_same_masks(act: str) -> None:
         )
         nnx.update(ours, wide)
         twin.load_state_dict({n: torch.tensor(a) for n, a in interop.state_dict(ours).items()})
-        with parity.replayed_dropout(ours, twin, "image"):
+        with parity.replayed(ours, twin, "image"):
             expected = twin(torch.tensor(np.moveaxis(x, -1, 1).copy())).detach().numpy()
         found = np.asarray(ours(jnp.asarray(x)))
         ours.eval()

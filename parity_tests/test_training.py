@@ -90,7 +90,7 @@ def run(
         for group in sides.torch_optimizer.param_groups:
             group["lr"] = training.warmup_cosine(n, WARMUP, STEPS)
         given = torch.tensor(np.moveaxis(images, -1, 1).copy()), torch.tensor(labels)
-        with parity.replayed_dropout(sides.model, sides.twin, "image"):
+        with parity.replayed(sides.model, sides.twin, "image"):
             theirs = torch_step(sides.twin, sides.torch_optimizer, *given)
         ours = float(
             compiled(sides.model, sides.optimizer, jnp.asarray(images), jnp.asarray(labels))

@@ -1,7 +1,14 @@
 """PyTorch weights in and out."""
 
+from flaxstab.interop._linen import Places as Places
+from flaxstab.interop._linen import linen_places as linen_places
+from flaxstab.interop._linen import linen_state_dict as linen_state_dict
+from flaxstab.interop._linen import load_linen_state_dict as load_linen_state_dict
+from flaxstab.interop._naming import Naming as Naming
+from flaxstab.interop._report import LoadEntry as LoadEntry
+from flaxstab.interop._report import LoadReport as LoadReport
+from flaxstab.interop._report import Outcome as Outcome
 from flaxstab.interop._rules import register as register
-from flaxstab.interop._state_dict import LoadReport as LoadReport
 from flaxstab.interop._state_dict import load_state_dict as load_state_dict
 from flaxstab.interop._state_dict import named_modules as named_modules
 from flaxstab.interop._state_dict import state_dict as state_dict

@@ -1,4 +1,4 @@
-"""How each layer type's variables are called and laid out in PyTorch: one table."""
+"""How each NNX layer type's variables are called and laid out in PyTorch: one table."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -8,6 +8,32 @@ from flax import nnx
 
 from flaxstab import dropout, linear, norms
 from flaxstab._checks import check
+from flaxstab.interop._entries import (
+    BIAS,
+    COUNT,
+    EMBEDDING,
+    FLIPPED,
+    KERNEL,
+    MATRIX,
+    MEAN,
+    SCALE,
+    SLOPE,
+    TRANSPOSED,
+    VAR,
+    Arrays,
+    Entry,
+)
+from flaxstab.interop._packed import (
+    CELLS,
+    attention,
+    attention_refusal,
+    bidirectional,
+    cell_refusal,
+    is_bidirectional,
+    is_recurrent,
+    linear_general_refusal,
+    recurrent,
+)
 
 Tensors = dict[str, np.ndarray]
 ToTorch = Callable[[nnx.Module], Tensors]
@@ -18,92 +44,75 @@ class Rule(NamedTuple):
     """Carries one layer across.
 
     Attributes:
-      to_torch: from a layer to its tensors, by torch's name and in torch's layout.
-      to_flax: from a layer and those tensors to its variables' new values, by attribute.
+      entries: from a layer to how its variables travel; those that it has not (``None``) do not
+        count.
       ignored: tensors that torch's layer has and this one does without.
+      owns: whether the layer's submodules are parts of it, carried by this rule alone.
+      refusal: from a layer to the reason why torch has no such layer; '' if it has.
+      applies: whether the rule is for this layer; otherwise the layer is a mere container.
     """
 
-    to_torch: ToTorch
-    to_flax: ToFlax
+    entries: Callable[..., tuple[Entry, ...]]
     ignored: tuple[str, ...] = ()
+    owns: bool = False
+    refusal: Callable[..., str] = lambda _: ""
+    applies: Callable[..., bool] = lambda _: True
 
 
-class Entry(NamedTuple):
-    """One variable of a layer and its tensor in torch.
-
-    Attributes:
-      variable: the attribute's name in Flax.
-      tensor: the tensor's name in torch.
-      to_torch: from Flax's layout to torch's.
-      to_flax: back.
-    """
-
-    variable: str
-    tensor: str
-    to_torch: Callable[[np.ndarray], np.ndarray] = np.asarray
-    to_flax: Callable[[np.ndarray], np.ndarray] = np.asarray
+def _fixed(*entries: Entry, ignored: tuple[str, ...] = ()) -> Rule:
+    return Rule(lambda _: entries, ignored)
 
 
-def value_of(variable: nnx.Variable[object]) -> np.ndarray:
-    """Returns a variable's value as a NumPy array."""
-    return np.asarray(variable[...])
+def _conv(module: linear.Conv | nnx.Conv) -> tuple[Entry, ...]:
+    return (KERNEL._replace(rank=len(module.kernel_size) + 2), BIAS)
 
 
-def _table_rule(*entries: Entry, ignored: tuple[str, ...] = ()) -> Rule:
-    def to_torch(module: nnx.Module) -> Tensors:
-        found = ((e, vars(module)[e.variable]) for e in entries)
-        return {e.tensor: e.to_torch(value_of(v)) for e, v in found if v is not None}
-
-    def to_flax(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> Tensors:
-        present = (e for e in entries if vars(module)[e.variable] is not None)
-        return {e.variable: e.to_flax(tensors[e.tensor]) for e in present if e.tensor in tensors}
-
-    return Rule(to_torch, to_flax, ignored)
+def _conv_transpose(module: nnx.ConvTranspose) -> tuple[Entry, ...]:
+    kernel = TRANSPOSED if module.transpose_kernel else FLIPPED
+    return (kernel._replace(rank=len(module.kernel_size) + 2), BIAS)
 
 
-def _kernel_to_torch(kernel: np.ndarray) -> np.ndarray:
-    return np.moveaxis(kernel, (-1, -2), (0, 1))  # (*window, in, out) -> (out, in, *window)
-
-
-def _kernel_to_flax(weight: np.ndarray) -> np.ndarray:
-    return np.moveaxis(weight, (0, 1), (-1, -2))
-
-
-_KERNEL = Entry("kernel", "weight", _kernel_to_torch, _kernel_to_flax)
-_BIAS = Entry("bias", "bias")
-_SCALE = Entry("scale", "weight")
-_MEAN = Entry("mean", "running_mean")
-_VAR = Entry("var", "running_var")
-_COUNT = Entry(
-    "count",
-    "num_batches_tracked",
-    lambda count: np.asarray(count, np.int64),
-    lambda count: np.asarray(count, np.int32),
-)
-
-_WEIGHTED = _table_rule(_KERNEL, _BIAS)
-_NORM = _table_rule(_SCALE, _BIAS)
-_TRACKED = _table_rule(_SCALE, _BIAS, _MEAN, _VAR, _COUNT)
+_LINEAR = _fixed(MATRIX, BIAS)
+_CONV = Rule(_conv)
+_NORM = _fixed(SCALE, BIAS)
+_TRACKED = _fixed(SCALE, BIAS, MEAN, VAR, COUNT)
+_CELL = Rule(lambda cell: CELLS[type(cell)], owns=True, refusal=cell_refusal)
 
 RULES: dict[type[nnx.Module], Rule] = {
-    linear.Linear: _WEIGHTED,
-    linear.Conv: _WEIGHTED,
+    linear.Linear: _LINEAR,
+    linear.Conv: _CONV,
     norms.BatchNorm: _TRACKED,
     norms.GhostBatchNorm: _TRACKED,
     norms.InstanceNorm: _TRACKED,
     norms.LayerNorm: _NORM,
     norms.GroupNorm: _NORM,
-    dropout.Dropout: _table_rule(),
-    nnx.Linear: _WEIGHTED,
-    nnx.Conv: _WEIGHTED,
-    nnx.BatchNorm: _table_rule(_SCALE, _BIAS, _MEAN, _VAR, ignored=("num_batches_tracked",)),
+    dropout.Dropout: _fixed(),
+    nnx.Linear: _LINEAR,
+    nnx.Conv: _CONV,
+    nnx.ConvTranspose: Rule(_conv_transpose),
+    nnx.BatchNorm: _fixed(SCALE, BIAS, MEAN, VAR, ignored=("num_batches_tracked",)),
     nnx.LayerNorm: _NORM,
     nnx.GroupNorm: _NORM,
     nnx.InstanceNorm: _NORM,
-    nnx.RMSNorm: _table_rule(_SCALE),
-    nnx.Embed: _table_rule(Entry("embedding", "weight")),
-    nnx.Dropout: _table_rule(),
+    nnx.RMSNorm: _fixed(SCALE),
+    nnx.Embed: _fixed(EMBEDDING),
+    nnx.PReLU: _fixed(SLOPE),
+    nnx.Dropout: _fixed(),
+    nnx.LinearGeneral: Rule(lambda _: (MATRIX, BIAS), refusal=linear_general_refusal),
+    nnx.MultiHeadAttention: Rule(attention, owns=True, refusal=attention_refusal),
+    nnx.LSTMCell: _CELL,
+    nnx.OptimizedLSTMCell: _CELL,
+    nnx.SimpleCell: _CELL,
+    nnx.GRUCell: _CELL,
+    nnx.RNN: Rule(recurrent, owns=True, applies=is_recurrent),
+    nnx.Bidirectional: Rule(bidirectional, owns=True, applies=is_bidirectional),
 }
+
+
+def rule_of(module: nnx.Module) -> Rule | None:
+    """Returns the rule that carries a module, if there is one for it."""
+    rule = RULES.get(type(module))
+    return rule if rule is not None and rule.applies(module) else None
 
 
 def register(module_type: type[nnx.Module], *, to_torch: ToTorch, to_flax: ToFlax) -> None:
@@ -113,15 +122,49 @@ def register(module_type: type[nnx.Module], *, to_torch: ToTorch, to_flax: ToFla
       module_type: the type whose own variables the rule carries; its submodules are walked as
         usual.
       to_torch: from a module to its tensors: torch's name (without prefix) to array.
-      to_flax: from a module and those tensors to its variables' values: attribute to array. It
-        must not change the module.
+      to_flax: from a module and all those tensors to its variables' values: attribute to array.
+        It must not change the module.
 
     Raises:
       ValueError: if the type has a rule already.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> class Scale(nnx.Module):
+      ...     def __init__(self):
+      ...         self.gamma = nnx.Param(jnp.ones((2,)))
+      >>> register(
+      ...     Scale,
+      ...     to_torch=lambda module: {"gain": module.gamma[...]},
+      ...     to_flax=lambda module, tensors: {"gamma": tensors["gain"]},
+      ... )
     """
     check(
         module_type not in RULES,
         "a module type is registered once",
         module_type=module_type.__name__,
     )
-    RULES[module_type] = Rule(to_torch, to_flax)
+    RULES[module_type] = Rule(lambda module: (_registered(module, to_torch, to_flax),))
+
+
+def _registered(module: nnx.Module, to_torch: ToTorch, to_flax: ToFlax) -> Entry:
+    """Returns one entry of all the variables that a registered rule carries."""
+    tensors = to_torch(module)
+    variables = tuple(to_flax(module, tensors))
+    for name in variables:
+        check(
+            isinstance(vars(module).get(name), nnx.Variable),
+            "a rule must give values for variables of the module",
+            attribute=name,
+            module_type=type(module).__name__,
+        )
+
+    def back(arrays: Arrays) -> Arrays:
+        values = to_flax(module, dict(zip(tensors, arrays, strict=True)))
+        return tuple(np.asarray(values[name]) for name in variables)
+
+    def out(_: Arrays) -> Arrays:
+        return tuple(np.asarray(array) for array in to_torch(module).values())
+
+    return Entry(variables, tuple(tensors), out, back, f"by the rule of {type(module).__name__}")

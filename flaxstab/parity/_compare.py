@@ -1,140 +1,129 @@
-"""Compares a Flax module with a PyTorch module: semantics in float64, numerics against it."""
+"""The one way to compare: models, functions, optimizers and training steps."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import optax
 
 from flaxstab import interop
 from flaxstab._checks import check
-from flaxstab._typing import Array, DTypeLike
-from flaxstab.parity._flax_side import FlaxSide
-from flaxstab.parity._inputs import Inputs, Layout
-from flaxstab.parity._magnitude import magnitude, sensitivity
-from flaxstab.parity._torch_side import TorchSide
-from flaxstab.parity._verdict import Finding, Verdict, judge_numerics, judge_semantics
+from flaxstab._typing import DTypeLike, PyTree
+from flaxstab.parity._inputs import Layout
+from flaxstab.parity._models import Pair, Weights
+from flaxstab.parity._optimizers import compare_optimizers
+from flaxstab.parity._report import Report, Tolerance, check_tolerances
+from flaxstab.parity._steps import TrainStep, ten_batches, trajectory
+from flaxstab.parity._torch_side import Rename
 
 if TYPE_CHECKING:
     import torch
 
-
-_PASSED_ON = ("output", "evaluation", "grad input")  # what the next layer sees the dtype of
-
-
-class Report(NamedTuple):
-    """What a comparison found.
-
-    Attributes:
-      findings: one per quantity and precision.
-    """
-
-    findings: tuple[Finding, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether JAX's side is as it should be in every quantity."""
-        return all(finding.passed for finding in self.findings)
-
-    @property
-    def worst(self) -> Finding:
-        """The finding to look at first."""
-        return max(self.findings, key=lambda f: (not f.passed, f.jax_error))
-
-    def __str__(self) -> str:
-        failed = [f for f in self.findings if not f.passed] or [self.worst]
-        lines = [f"{f.verdict}: {f.name} ({f.dtype}): {f.explanation}" for f in failed[:12]]
-        return "\n".join([*lines, f"{len(self.findings)} quantities compared"])
+_LOW = ("float32", "bfloat16", "float16")
 
 
 def compare(
-    flax_side: nnx.Module | Callable[..., Array],
-    torch_side: "torch.nn.Module | Callable[..., torch.Tensor]",
+    flax_side: object,
+    torch_side: "torch.nn.Module | Callable[..., PyTree] | TrainStep",
     *inputs: np.ndarray,
     layout: Layout = None,
-    dtypes: tuple[DTypeLike, ...] = (np.float32,),
+    weights: Weights = "torch",
+    rename: Rename | None = None,
+    dtypes: Sequence[DTypeLike] = (np.float32,),
+    witness: "torch.nn.Module | Callable[..., PyTree] | TrainStep | None" = None,
+    tolerances: Sequence[Tolerance] = (),
     seed: int = 0,
 ) -> Report:
-    """Compares a Flax module or JAX function with its PyTorch counterpart.
+    """Compares a model, a function, an optimizer or a training step with its PyTorch counterpart.
 
-    The weights are carried from torch to a copy of the Flax module; both run in training mode on
-    the same inputs. Compared are the output, input and parameter gradients for a random
-    cotangent, every buffer after 1, 2 and 10 steps, and evaluation after them: first in float64,
-    where both must agree to 1e-12 of each quantity's magnitude, then at each of ``dtypes``, where
-    our error against float64 may be twice torch's plus 2 eps of the sensitivity, and outputs and
-    input gradients must have torch's dtype. Weights and statistics are rounded to the dtype first;
-    layers with running statistics keep float32 on both sides.
+    *Models and functions.* Both sides run in training mode on the same inputs. Compared are the
+    outputs, input and parameter gradients for random cotangents, every buffer after 1, 2 and 10
+    steps, and evaluation after them: first in float64, where both must agree to 1e-12 of each
+    quantity's magnitude, then at each of ``dtypes``, where JAX's error against its own float64
+    run may be twice torch's against its own plus 2 eps of the quantity's sensitivity. Shapes,
+    dtypes, and the places of NaN and infinity must agree. Weights and statistics are rounded to
+    the dtype first; layers with running statistics keep float32 on both sides. Dropout layers
+    drop the same elements on both sides (:func:`replayed`).
 
-    Dropout layers drop the same elements on both sides: torch's ``Dropout`` replays the masks of
-    the :class:`flaxstab.dropout.Dropout` of the same name.
+    *Optimizers.* An optax transformation and a function that makes a torch optimizer of a list
+    of parameters (``lambda ps: torch.optim.AdamW(ps, lr=1e-3)``), or that changes ``p.grad`` in
+    place (``lambda ps: torch.nn.utils.clip_grad_norm_(ps, 1.0)``). ``inputs`` are the initial
+    parameters; updates, parameters and optimizer state are compared after each of 10 steps with
+    gradients of many sizes. A hook joins both: ``register_step_pre_hook``.
+
+    *Training steps.* Two :class:`TrainStep`; ``inputs`` are a batch. Loss, parameters, updates,
+    buffers and optimizer state are compared after each of 10 steps; :func:`trajectory` does more.
 
     Args:
-      flax_side: a module or a function of arrays.
-      torch_side: its counterpart.
+      flax_side: an ``nnx.Module``, a :class:`Linen`, a function of arrays, an
+        ``optax.GradientTransformation`` or a :class:`TrainStep`.
+      torch_side: its counterpart. Neither side is changed.
       *inputs: arrays for both sides, features last; floating-point ones are differentiated.
       layout: ``'image'`` moves the last axis to 1 for torch's inputs, and its outputs and input
         gradients back; ``None`` gives both sides the same arrays. Never guessed.
-      dtypes: the lower precisions to judge.
-      seed: of the cotangent.
+      weights: the side whose parameters and statistics both get, ``'torch'`` or ``'flax'``;
+        ``None`` leaves each side its own.
+      rename: from a name in torch's state_dict to the name of the same tensor in Flax.
+      dtypes: the lower precisions to judge, of float32, bfloat16 and float16.
+      witness: a third implementation, given as ``torch_side`` is, such as the plain formula. It
+        is asked where semantics differ: the side that it contradicts is named.
+      tolerances: bounds that you widen, each with its reason; they show in the report.
+      seed: of the cotangents, or of an optimizer's gradients.
 
     Returns:
-      One finding per quantity and precision.
+      One finding per quantity and precision, with the side at fault where it can be told.
 
     Raises:
-      ValueError: if the weights do not fit, the sides compute different quantities, or a dropout
-        layer has no counterpart.
+      ValueError: if the weights do not fit, a side cannot run, both return different structures
+        or shapes, or a dropout layer has no counterpart. The message names the place.
+
+    Example:
+      >>> from flaxstab import functional
+      >>> import numpy, torch
+      >>> report = compare(functional.gelu, torch.nn.functional.gelu, numpy.linspace(-3.0, 3.0, 7))
+      >>> report.passed, str(report.verdict)
+      (True, 'agree')
+
+    Reference:
+      P. Micikevicius et al., "Mixed Precision Training", 2018, arXiv:1710.03740, for what is
+      kept in float32; D. S. Parker, "Monte Carlo Arithmetic", 1997, for the magnitude.
     """
+    _check_options(layout, weights, dtypes)
+    arrays, allowed = tuple(interop.to_numpy(a) for a in inputs), tuple(tolerances)
+    check_tolerances(allowed)
+    if isinstance(flax_side, TrainStep):
+        both = _both_steps(torch_side, witness)
+        return trajectory(
+            flax_side, both[0], ten_batches(arrays), steps=10, layout=layout, weights=weights,
+            rename=rename, dtypes=dtypes, witness=both[1], tolerances=allowed,
+        )  # fmt: skip
+    if isinstance(flax_side, optax.GradientTransformation):
+        return compare_optimizers(
+            flax_side, torch_side, arrays,
+            dtypes=dtypes, tolerances=allowed, witness=witness, seed=seed,
+        )  # fmt: skip
+    pair = Pair(
+        flax_side, torch_side, arrays,
+        layout=layout, weights=weights, rename=rename, witness=witness,
+    )  # fmt: skip
+    return pair.judge(arrays, dtypes=dtypes, tolerances=allowed, seed=seed)
+
+
+def _check_options(layout: Layout, weights: Weights, dtypes: Sequence[DTypeLike]) -> None:
     check(layout in ("image", None), "layout must be 'image' or None", layout=layout)
-    arrays = tuple(interop.to_numpy(array) for array in inputs)
-    ours, theirs = FlaxSide(flax_side), TorchSide(torch_side)
-    ours.load(theirs.state_dict())
-    shape = ours.output_shape(arrays)
-    cotangent = np.random.default_rng(seed).normal(size=shape)
-    fed = Inputs(arrays, cotangent, layout)
-    # Two programs of one meaning may differ by the rounding of their terms; how accurate ours
-    # should be is a matter of the function alone, or a poor algorithm would excuse itself.
-    terms = ours.sizes(fed, magnitude)
-    findings = _judge_semantics(ours, theirs, fed, terms)
-    inherent = ours.sizes(fed, sensitivity) if dtypes else {}
-    for dtype in dtypes:
-        rounded = theirs.rounded(dtype)
-        ours.load(rounded.state_dict())
-        findings += _judge_numerics(ours, rounded, fed.rounded(dtype), dtype, inherent)
-    return Report(tuple(findings))
+    rule = "weights must be 'torch', 'flax' or None"
+    check(weights in ("torch", "flax", None), rule, weights=weights)
+    given = [jnp.dtype(kind).name for kind in dtypes]
+    check(set(given) <= set(_LOW), f"dtypes must be of {', '.join(_LOW)}", dtypes=given)
 
 
-def _judge_semantics(
-    ours: FlaxSide, theirs: TorchSide, fed: Inputs, sizes: Mapping[str, float]
-) -> list[Finding]:
-    oracle = theirs.run(fed, np.float64, ours.target)
-    values = ours.run(fed, np.float64)
-    missing = [name for name in oracle if name not in values]
-    refused = [name for name in missing if not name.startswith("step ")]
-    if refused:
+def _both_steps(torch_side: object, witness: object) -> tuple[TrainStep, TrainStep | None]:
+    """Returns PyTorch's training step and the witness, if they are training steps, too."""
+    if not isinstance(torch_side, TrainStep) or not isinstance(witness, TrainStep | None):
         raise ValueError(
-            f"both sides must compute the same quantities, got none of {', '.join(refused)} "
-            "on the Flax side. Give both modules the same layers."
+            "torch_side and witness of a TrainStep must be one, too, got "
+            f"{type(torch_side).__name__} and {type(witness).__name__}. Pass "
+            "parity.TrainStep(module, make_optimizer, step)."
         )
-    differ = Verdict.SEMANTICS_DIFFER
-    absent = [Finding(n, differ, "float64", np.inf, np.inf, "only PyTorch has it") for n in missing]
-    shared = [judge_semantics(n, a, oracle[n], sizes[n]) for n, a in values.items() if n in oracle]
-    return [*shared, *absent]
-
-
-def _judge_numerics(
-    ours: FlaxSide, theirs: TorchSide, fed: Inputs, dtype: DTypeLike, sizes: Mapping[str, float]
-) -> list[Finding]:
-    oracle = theirs.run(fed, np.float64, ours.target)
-    low, torch_low = ours.run(fed, dtype), theirs.run(fed, dtype, ours.target)
-    kind, findings = jnp.dtype(dtype), []
-    floats = [n for n in oracle if n in low and np.issubdtype(oracle[n].dtype, np.floating)]
-    for name in floats:
-        sides = low[name], torch_low[name]
-        if name.startswith(_PASSED_ON) and sides[0].dtype != sides[1].dtype:
-            words = f"the dtypes differ: {sides[0].dtype} and {sides[1].dtype}"
-            differ = Verdict.SEMANTICS_DIFFER
-            findings.append(Finding(name, differ, kind.name, np.inf, np.inf, words))
-        else:
-            findings.append(judge_numerics(name, *sides, oracle[name], sizes[name], kind))
-    return findings
+    return torch_side, witness

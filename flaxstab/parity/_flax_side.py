@@ -6,144 +6,147 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from flaxstab import interop
-from flaxstab._typing import Array, DTypeLike
-from flaxstab.parity._inputs import STEPS, Inputs, Values, growth, is_float
-from flaxstab.parity._magnitude import Measure
+from flaxstab._typing import Array, DTypeLike, PyTree
+from flaxstab.parity._inputs import STEPS, Inputs, Values, growth, is_float, named_leaves, round_to
+from flaxstab.parity._magnitude import DRAWS, moved, rounded, sizes
+from flaxstab.parity._place import located
+from flaxstab.parity._precision import EXACT, Precision
+from flaxstab.parity._program import Program
 
-Apply = Callable[[object, object, list[Array]], tuple[Array, object]]
 
-
-class _Program(NamedTuple):
-    """A model as pure functions of (parameters, other state, float inputs).
-
-    Attributes:
-      train: returns the output and the state after a training step.
-      evaluate: the same in evaluation mode.
-      params: the parameters.
-      rest: statistics and random streams.
-      floats: the floating-point inputs.
-      is_module: whether there is a mode, and statistics may change.
-    """
-
-    train: Apply
-    evaluate: Apply
-    params: object
-    rest: object
-    floats: list[Array]
-    is_module: bool
+class _Compiled(NamedTuple):
+    gradients: Callable[..., tuple[PyTree, ...]]
+    step: Callable[..., PyTree]
+    evaluate: Callable[..., Mapping[str, Array]]
 
 
 class FlaxSide:
-    """A Flax module or a JAX function, ready to be run at any precision.
+    """A program, ready to be run at any precision; it is compiled once for each.
 
     Args:
-      target: the module (it is copied, never changed, and set to training mode), or the function.
+      program: what to run.
     """
 
-    def __init__(self, target: nnx.Module | Callable[..., Array]) -> None:
-        self.target = nnx.clone(target) if isinstance(target, nnx.Module) else target
-        if isinstance(self.target, nnx.Module):
-            self.target.train()
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._plain = _compiled(program, lambda function: function)
+        self._rounded = _compiled(program, rounded)
 
-    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Gives a module the weights and statistics of its twin."""
-        if isinstance(self.target, nnx.Module):
-            interop.load_state_dict(self.target, tensors)
+    def output_shapes(self, arrays: tuple[np.ndarray, ...]) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the floating-point outputs, by name."""
+        with jax.enable_x64(True), located("Flax", self.program.names(), arrays):
+            inputs = _cast(arrays, np.float64)
+            variables = self._variables(EXACT)
+            output, _ = jax.eval_shape(self.program.train, *variables, inputs)
+            leaves = named_leaves("output", output)
+        return {n: tuple(a.shape) for n, a in leaves.items() if is_float(a)}
 
-    def output_shape(self, arrays: tuple[np.ndarray, ...]) -> tuple[int, ...]:
-        """Returns the output's shape."""
+    def run(self, fed: Inputs, precision: Precision = EXACT) -> Values:
+        """Returns every quantity at a precision."""
+        with jax.enable_x64(precision.compute == np.float64):
+            params, rest = self._variables(precision)
+            return self._quantities(self._plain, fed, precision.compute, params, rest)
+
+    def magnitudes(self, fed: Inputs, plain: Values) -> dict[str, float]:
+        """Returns the magnitude of every quantity of a float64 run."""
+        return sizes(plain, [self._moved(self._rounded, fed, i) for i in range(DRAWS)])
+
+    def sensitivities(self, fed: Inputs, plain: Values, precision: Precision) -> dict[str, float]:
+        """Returns the sensitivity of every quantity of a float64 run."""
+        return sizes(plain, [self._moved(self._plain, fed, i, precision) for i in range(DRAWS)])
+
+    def _moved(
+        self, compiled: _Compiled, fed: Inputs, seed: int, precision: Precision = EXACT
+    ) -> Values:
         with jax.enable_x64(True):
-            program = self._program(arrays, np.float64)
-            output, _ = jax.eval_shape(program.train, program.params, program.rest, program.floats)
-        return tuple(output.shape)
+            params, rest = self._variables(precision)
+            floats = [a for a in fed.arrays if is_float(a)]
+            params, floats, cotangents = moved((params, floats, fed.cotangents), seed)
+            given = iter(floats)
+            arrays = tuple(next(given) if is_float(a) else a for a in fed.arrays)
+            fed = fed._replace(arrays=arrays, cotangents=cotangents)
+            return self._quantities(compiled, fed, np.float64, params, rest)
 
-    def run(self, inputs: Inputs, dtype: DTypeLike) -> Values:
-        """Returns every quantity, computed with inputs of the given dtype.
+    def _variables(self, precision: Precision) -> tuple[PyTree, PyTree]:
+        def cast(leaf: Array) -> Array:
+            if not is_float(leaf):
+                return leaf
+            return jnp.asarray(round_to(np.asarray(leaf), precision.stored), precision.wide)
 
-        Parameters and statistics are float64 with float64 inputs, else float32.
-        """
-        with jax.enable_x64(dtype == np.float64):
-            program = self._program(inputs.arrays, dtype)
-            return self._named(_quantities(program, inputs, program.params, program.floats))
+        return jax.tree.map(cast, self.program.variables())
 
-    def sizes(self, inputs: Inputs, measure: Measure) -> dict[str, float]:
-        """Returns the magnitude, or the sensitivity, of every quantity."""
-        with jax.enable_x64(True):
-            program = self._program(inputs.arrays, np.float64)
+    def _quantities(
+        self, compiled: _Compiled, fed: Inputs, dtype: DTypeLike, params: PyTree, rest: PyTree
+    ) -> Values:
+        inputs, named = _cast(fed.arrays, dtype), self.program
+        cotangents = {name: jnp.asarray(a) for name, a in fed.cotangents.items()}
+        with located("Flax", named.names(), fed.arrays):
+            outputs, (param_grads, grads), rest = compiled.gradients(
+                params, rest, inputs, cotangents
+            )
+        found = dict(outputs)
+        found |= {f"grad input {i}": g for i, g in enumerate(grads)}
+        found |= {f"grad {n}": a for n, a in named.named(param_grads, gradients=True).items()}
+        evaluated = outputs
+        if named.is_module:
+            for step in range(1, max(STEPS) + 1):
+                if step > 1:
+                    grown = [_grown(x, step - 1) for x in inputs]
+                    rest = compiled.step(params, rest, grown)
+                if step in STEPS:
+                    found |= {f"step {step} {n}": a for n, a in named.named(rest).items()}
+            evaluated = compiled.evaluate(params, rest, inputs)
+        found |= {n.replace("output", "evaluation", 1): a for n, a in evaluated.items()}
+        return {name: np.asarray(a) for name, a in found.items()}
 
-            def compute(params: object, floats: list[Array]) -> dict[str, object]:
-                found = _quantities(program, inputs, params, floats)
-                return jax.tree.map(lambda a: a if is_float(a) else jnp.zeros(a.shape), found)
 
-            filled = self._named(measure(compute, program.params, program.floats))
-        return {name: float(np.max(array, initial=0)) for name, array in filled.items()}
+def stored_as(tree: PyTree, precision: Precision) -> PyTree:
+    """Returns variables rounded as the precision says, in its wide dtype.
 
-    def _program(self, arrays: tuple[np.ndarray, ...], dtype: DTypeLike) -> _Program:
-        inputs = [jnp.asarray(a, dtype) if is_float(a) else jnp.asarray(a) for a in arrays]
+    Args:
+      tree: of arrays.
+      precision: how they are to be computed with.
+    """
+
+    def cast(leaf: Array) -> Array:
+        if not is_float(leaf):
+            return leaf
+        return jnp.asarray(round_to(np.asarray(leaf), precision.stored), precision.wide)
+
+    return jax.tree.map(cast, tree)
+
+
+def _compiled(program: Program, transform: Callable[..., Callable[..., object]]) -> _Compiled:
+    def gradients(
+        params: PyTree, rest: PyTree, inputs: list[Array], cotangents: Mapping[str, Array]
+    ) -> tuple[PyTree, ...]:
         where = [i for i, a in enumerate(inputs) if is_float(a)]
 
-        def filled(floats: list[Array]) -> list[Array]:
-            replaced = dict(zip(where, floats, strict=True))
-            return [replaced.get(i, a) for i, a in enumerate(inputs)]
+        def forward(params: PyTree, floats: list[Array]) -> tuple[PyTree, PyTree]:
+            given = dict(zip(where, floats, strict=True))
+            full = [given.get(i, a) for i, a in enumerate(inputs)]
+            output, after = program.train(params, rest, full)
+            outputs = named_leaves("output", output)
+            return {n: a for n, a in outputs.items() if is_float(a)}, (outputs, after)
 
         floats = [inputs[i] for i in where]
-        target = self.target
-        if not isinstance(target, nnx.Module):
-            function: Apply = jax.jit(lambda _, rest, xs: (target(*filled(xs)), rest))
-            return _Program(function, function, {}, {}, floats, is_module=False)
-        wide = np.float64 if dtype == np.float64 else np.float32
-        params, rest = (
-            jax.tree.map(lambda a: jnp.asarray(a, wide) if is_float(a) else a, tree)
-            for tree in nnx.split(target, nnx.Param, ...)[1:]
-        )
+        smooth, pullback, (outputs, after) = jax.vjp(forward, params, floats, has_aux=True)
+        pulled = {n: jnp.asarray(cotangents[n], a.dtype) for n, a in smooth.items()}
+        return outputs, pullback(pulled), after
 
-        def apply_mode(model: nnx.Module) -> Apply:
-            graph = nnx.graphdef(model)
+    def step(params: PyTree, rest: PyTree, inputs: list[Array]) -> PyTree:
+        return program.train(params, rest, inputs)[1]
 
-            def apply(params: object, rest: object, xs: list[Array]) -> tuple[Array, object]:
-                merged = nnx.merge(graph, params, rest, copy=True)
-                return merged(*filled(xs)), nnx.state(merged, nnx.Not(nnx.Param))
+    def evaluate(params: PyTree, rest: PyTree, inputs: list[Array]) -> Mapping[str, object]:
+        return named_leaves("output", program.evaluate(params, rest, inputs))
 
-            return jax.jit(apply)
-
-        evaluating = nnx.clone(target)
-        evaluating.eval()
-        train, evaluate = apply_mode(target), apply_mode(evaluating)
-        return _Program(train, evaluate, params, rest, floats, is_module=True)
-
-    def _named(self, found: Mapping[str, object]) -> Values:
-        """Gives every array its PyTorch name and layout; a tree of variables becomes several."""
-        values = {}
-        for key, value in found.items():
-            if not isinstance(value, nnx.State):
-                values[key] = np.asarray(value)
-                continue
-            model = nnx.merge(nnx.graphdef(self.target), nnx.state(self.target), copy=True)
-            nnx.update(model, value)
-            values |= {f"{key} {name}": a for name, a in interop.state_dict(model).items()}
-        return values
+    return _Compiled(*(jax.jit(transform(f)) for f in (gradients, step, evaluate)))
 
 
-def _quantities(
-    program: _Program, inputs: Inputs, params: object, floats: list[Array]
-) -> dict[str, object]:
-    """Returns output, gradients, statistics after some training steps, and evaluation by them."""
-    output, pullback, rest = jax.vjp(
-        lambda p, xs: program.train(p, program.rest, xs), params, floats, has_aux=True
-    )
-    param_grads, float_grads = pullback(jnp.asarray(inputs.cotangent, output.dtype))
-    found: dict[str, object] = {"output": output}
-    found |= {f"grad input {i}": g for i, g in enumerate(float_grads)}
-    if not program.is_module:
-        return {**found, "evaluation": output}
-    found["grad"] = param_grads
-    for step in range(1, max(STEPS) + 1):
-        if step in STEPS:
-            found[f"step {step}"] = rest
-        grown = [x * jnp.asarray(growth(step), x.dtype) for x in floats]
-        _, rest = program.train(params, rest, grown)
-    found["evaluation"], _ = program.evaluate(params, rest, floats)
-    return found
+def _cast(arrays: tuple[np.ndarray, ...], dtype: DTypeLike) -> list[Array]:
+    return [jnp.asarray(a, dtype) if is_float(a) else jnp.asarray(a) for a in arrays]
+
+
+def _grown(array: Array, step: int) -> Array:
+    return array * jnp.asarray(growth(step), array.dtype) if is_float(array) else array

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from flaxstab._typing import Array, DTypeLike
+from flaxstab._typing import Array, DTypeLike, PyTree
 
 Layout = Literal["image"] | None
 Values = Mapping[str, np.ndarray]  # quantities by name, in PyTorch's names and Flax's layout
@@ -18,18 +18,28 @@ class Inputs(NamedTuple):
 
     Attributes:
       arrays: the arguments, features last; floating-point ones are differentiated.
-      cotangent: the output's cotangent.
+      cotangents: of each floating-point output, by its name.
       layout: ``'image'`` if PyTorch wants the last axis at 1, ``None`` for the same arrays.
     """
 
     arrays: tuple[np.ndarray, ...]
-    cotangent: np.ndarray
+    cotangents: Values
     layout: Layout
 
     def rounded(self, dtype: DTypeLike) -> "Inputs":
         """Returns the inputs rounded to a dtype, as float64, so that every precision sees them."""
         arrays = tuple(round_to(a, dtype) for a in self.arrays)
-        return Inputs(arrays, round_to(self.cotangent, dtype), self.layout)
+        cotangents = {name: round_to(a, dtype) for name, a in self.cotangents.items()}
+        return Inputs(arrays, cotangents, self.layout)
+
+    def redrawn(self, seed: int) -> "Inputs":
+        """Returns inputs a little way off (1/64 of each value) and other cotangents."""
+        rng = np.random.default_rng(seed)
+        arrays = tuple(
+            a * (1 + rng.uniform(-1, 1, a.shape) / 64) if is_float(a) else a for a in self.arrays
+        )
+        cotangents = {name: rng.normal(size=a.shape) for name, a in self.cotangents.items()}
+        return Inputs(arrays, cotangents, self.layout)
 
 
 def is_float(array: np.ndarray | Array) -> bool:
@@ -56,3 +66,23 @@ def channels_first(array: np.ndarray, layout: Layout) -> np.ndarray:
 def channels_last(array: np.ndarray, layout: Layout) -> np.ndarray:
     """Moves axis 1 back to the end for ``layout='image'``."""
     return np.moveaxis(array, 1, -1) if layout == "image" and array.ndim > 2 else array
+
+
+def named_leaves(name: str, value: PyTree) -> dict[str, PyTree]:
+    """Returns the leaves of nested tuples, lists and dicts by name: ``output``, ``output[0]``."""
+    if isinstance(value, Mapping):
+        items = [(repr(key), value[key]) for key in value]
+    elif isinstance(value, tuple | list):
+        items = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        return {} if value is None else {name: value}
+    found: dict[str, PyTree] = {}
+    for key, item in items:
+        found |= named_leaves(f"{name}[{key}]", item)
+    return found
+
+
+def largest(array: np.ndarray) -> float:
+    """Returns the largest absolute value; NaN and infinity count as 0."""
+    wide = np.abs(np.asarray(array, np.float64))
+    return float(np.max(wide, initial=0, where=np.isfinite(wide)))

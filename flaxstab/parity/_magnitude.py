@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from flaxstab._typing import Array
+from flaxstab._typing import Array, PyTree
+from flaxstab.parity._inputs import is_float, largest
 
-_DRAWS = 2
+BITS = 29  # of the significand that a moved run keeps: coarse beside float64, fine beside kinks
+UNIT = 2.0**-31  # half to all of what rounding to BITS does to a value
+DRAWS = 2
 _CALLS = {  # operations that call a program once, and where they keep it; all others are one step
     "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "checkpoint": "jaxpr",
@@ -21,27 +24,25 @@ _EXACT = {  # operations that round nothing
     "slice", "squeeze", "transpose",
 }  # fmt: skip
 
-Dual = tuple[Array, Array | None]  # a value, and its change if it is floating point
-Move = Callable[[Array, Array | None], Array | None]  # from a dual to its new change
-Compute = Callable[..., Mapping[str, object]]
-Measure = Callable[..., Mapping[str, object]]  # magnitude or sensitivity
+Compute = Callable[..., PyTree]
 
 
-def magnitude(compute: Compute, *arguments: object, seed: int = 0) -> Mapping[str, object]:
+def magnitude(compute: Compute, *arguments: PyTree, seed: int = 0) -> PyTree:
     """Returns the magnitude M of each result: eps * M is what rounding in this program can do.
 
-    Every element of every argument and of every intermediate result is moved by one unit of its
-    own size with a random sign, to first order; M is the largest move that a result shows, or
-    its largest value if that is more. For a sum this is about its largest term or more, also
-    where terms cancel inside the computation: BatchNorm's input gradient on two samples is 0 up
-    to eps, the terms that make it are not. NaN and infinity count as 0.
+    The program runs once more in float64 with every element of every argument moved by one unit
+    of its own size with a random sign, and every intermediate result rounded to that unit; M is
+    how far a result then is from the plain run, in units, or its largest value if that is more.
+    For a sum this is about its largest term or more, also where terms cancel inside the
+    computation: BatchNorm's input gradient on two samples is 0 up to eps, the terms that make it
+    are not. NaN and infinity count as 0. A loop (``scan``, ``while``) counts as one operation.
 
     A poor algorithm has larger terms and so a larger M: it bounds how far two programs of the
     same meaning may be apart, not how far off a good one should be. For that see
     :func:`sensitivity`.
 
     Args:
-      compute: a differentiable function to a tree of floating-point arrays.
+      compute: a function to a tree of floating-point arrays.
       *arguments: trees of floating-point arrays, float64 for a reliable result.
       seed: of the random signs.
 
@@ -52,100 +53,116 @@ def magnitude(compute: Compute, *arguments: object, seed: int = 0) -> Mapping[st
       D. S. Parker, "Monte Carlo Arithmetic", 1997, UCLA CSD-970002 (random rounding as a
       measure of it).
     """
-    rng = np.random.default_rng(seed)
-    return _measure(compute, arguments, rng, lambda value, change: _moved(value, change, rng))
+    return _measure(compute, rounded(compute), arguments, seed)
 
 
-def sensitivity(compute: Compute, *arguments: object, seed: int = 0) -> Mapping[str, object]:
+def sensitivity(compute: Compute, *arguments: PyTree, seed: int = 0) -> PyTree:
     """Returns how far each result moves if the arguments alone move by one unit of their size.
 
-    As :func:`magnitude`, without moving intermediate results: a property of the function and its
-    arguments, the same for every algorithm: eps times it is what rounding the arguments does. A
-    program may do better with exact arguments, and where that is claimed (norms at an offset) it
-    needs a test of its own.
+    As :func:`magnitude`, without rounding intermediate results: a property of the function and
+    its arguments, the same for every algorithm: eps times it is what rounding the arguments does.
+    A program may do better with exact arguments, and where that is claimed (norms at an offset)
+    it needs a test of its own.
 
     Args:
-      compute: a differentiable function to a tree of floating-point arrays.
+      compute: a function to a tree of floating-point arrays.
       *arguments: trees of floating-point arrays, float64 for a reliable result.
       seed: of the random signs.
 
     Returns:
       A tree like the result's, each array filled with its sensitivity.
     """
-    return _measure(compute, arguments, np.random.default_rng(seed), lambda _, change: change)
+    return _measure(compute, compute, arguments, seed)
 
 
-def _measure(
-    compute: Compute, arguments: tuple[object, ...], rng: np.random.Generator, move: Move
-) -> Mapping[str, object]:
-    closed, shapes = jax.make_jaxpr(compute, return_shape=True)(*arguments)
-    leaves, results = jax.tree.leaves(arguments), jax.tree.leaves(shapes)
-    largest = [0.0] * len(results)
-    for _ in range(_DRAWS):
-        moved = [(leaf, _moved(leaf, None, rng)) for leaf in leaves]
-        for i, dual in enumerate(_run(closed, moved, move)):
-            largest[i] = max(largest[i], *map(_size, dual))
-    filled = [jnp.full(s.shape, m) for s, m in zip(results, largest, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(shapes), filled)
+def moved(tree: PyTree, seed: int, unit: float = UNIT) -> PyTree:
+    """Returns a tree whose floating-point elements are moved by a unit of their size, either way.
+
+    Args:
+      tree: of arrays.
+      seed: of the signs.
+      unit: relative to each element.
+    """
+    rng = np.random.default_rng(seed)
+
+    def move(leaf: Array) -> Array:
+        if not is_float(leaf):
+            return leaf
+        return leaf * jnp.asarray(1 + unit * rng.choice([-1.0, 1.0], leaf.shape), leaf.dtype)
+
+    return jax.tree.map(move, tree)
 
 
-def _size(array: Array | None) -> float:
-    if array is None or not jnp.issubdtype(array.dtype, jnp.floating):
-        return 0.0
-    return float(jnp.max(jnp.abs(jnp.where(jnp.isfinite(array), array, 0)), initial=0))
+def sizes(
+    plain: Mapping[str, np.ndarray], moves: Sequence[Mapping[str, np.ndarray]], unit: float = UNIT
+) -> dict[str, float]:
+    """Returns, for each quantity, its largest move in units, or its largest value if that is more.
+
+    Args:
+      plain: quantities of the plain run, by name.
+      moves: the same of each moved run.
+      unit: of the moves.
+    """
+    found = {}
+    for name, value in plain.items():
+        found[name] = largest(value)
+        if is_float(value):
+            with np.errstate(invalid="ignore"):  # infinity minus itself: it counts as 0
+                moved_by = [largest(run[name] - value) / unit for run in moves]
+            found[name] = max(found[name], *moved_by)
+    return found
 
 
-def _moved(value: Array, change: Array | None, rng: np.random.Generator) -> Array | None:
-    """Returns a value's change with its own random move added; None if it is not a float."""
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        return None
-    own = value * jnp.asarray(rng.choice([-1.0, 1.0], np.shape(value)), value.dtype)
-    return own if change is None else change + own
+def _measure(compute: Compute, moving: Compute, arguments: tuple[PyTree, ...], seed: int) -> PyTree:
+    plain, shape = jax.tree.flatten(compute(*arguments))
+    runs = [jax.tree.leaves(moving(*moved(arguments, seed + i))) for i in range(DRAWS)]
+    named = [{str(i): np.asarray(a) for i, a in enumerate(leaves)} for leaves in (plain, *runs)]
+    found = sizes(named[0], named[1:])
+    filled = [jnp.full(a.shape, found[str(i)], a.dtype) for i, a in enumerate(plain)]
+    return jax.tree.unflatten(shape, filled)
 
 
-def _run(closed: core.ClosedJaxpr, duals: Sequence[Dual], move: Move) -> list[Dual]:
-    """Evaluates a program on values and their changes, moving every rounded result."""
+def rounded(function: Compute, bits: int = BITS) -> Compute:
+    """Returns the function with every intermediate floating-point result rounded to some bits.
+
+    Args:
+      function: of trees of arrays.
+      bits: of the significand, without the leading one.
+    """
+
+    def run(*arguments: PyTree) -> PyTree:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        results = _run(closed, jax.tree.leaves(arguments), bits)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return run
+
+
+def _run(closed: core.ClosedJaxpr, arguments: Sequence[Array], bits: int) -> list[Array]:
+    """Evaluates a program, rounding every inexact result."""
     jaxpr = closed.jaxpr
-    known: dict[object, Dual] = {}
-    known |= dict(
-        zip(jaxpr.constvars, ((jnp.asarray(c), None) for c in closed.consts), strict=True)
-    )
-    known |= dict(zip(jaxpr.invars, duals, strict=True))
+    known: dict[object, Array] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    known |= dict(zip(jaxpr.invars, arguments, strict=True))
 
-    def read(atom: object) -> Dual:
-        return (jnp.asarray(atom.val), None) if isinstance(atom, core.Literal) else known[atom]
+    def read(atom: object) -> Array:
+        return atom.val if isinstance(atom, core.Literal) else known[atom]
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
         body = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
         if body is None:
-            outputs = _apply(eqn, inputs)
+            result = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+            outputs = list(result) if eqn.primitive.multiple_results else [result]
             if eqn.primitive.name not in _EXACT:
-                outputs = [(value, move(value, change)) for value, change in outputs]
+                outputs = [_round(value, bits) for value in outputs]
         else:
             program = body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
-            outputs = _run(program, inputs, move)
+            outputs = _run(program, inputs, bits)
         known |= dict(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _apply(eqn: core.JaxprEqn, inputs: Sequence[Dual]) -> list[Dual]:
-    """Applies one operation to values and their changes."""
-    where = [i for i, (_, change) in enumerate(inputs) if change is not None]
-
-    def call(*floats: Array) -> tuple[Array, ...]:
-        values = [value for value, _ in inputs]
-        for i, value in zip(where, floats, strict=True):
-            values[i] = value
-        result = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-        return tuple(result) if eqn.primitive.multiple_results else (result,)
-
-    if not where:
-        return [(value, None) for value in call()]
-    values, changes = jax.jvp(
-        call, tuple(inputs[i][0] for i in where), tuple(inputs[i][1] for i in where)
-    )
-    return [
-        (value, change if jnp.issubdtype(value.dtype, jnp.floating) else None)
-        for value, change in zip(values, changes, strict=True)
-    ]
+def _round(value: Array, bits: int) -> Array:
+    if jnp.result_type(value) != jnp.float64:
+        return value  # a program that pins a narrower dtype rounds by itself
+    return jax.lax.reduce_precision(value, exponent_bits=11, mantissa_bits=bits)

@@ -1,36 +1,119 @@
-"""Lets PyTorch's dropout layers use the masks that a Flax model is about to draw."""
+"""Lets PyTorch's random layers use the draws that a Flax model is about to make."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxstab import functional, interop
+from flaxstab import interop
+from flaxstab._checks import check
+from flaxstab._typing import Shape
 from flaxstab.dropout import Dropout
 from flaxstab.parity._inputs import Layout, channels_first
 
 if TYPE_CHECKING:
     import torch
 
+_ENOUGH = 64  # elements: two fair masks of this size are equal with probability 2^-64
 
-@contextmanager
-def replayed_dropout(
-    flax_model: nnx.Module, torch_model: "torch.nn.Module", layout: Layout = None
-) -> Iterator[None]:
-    """Gives the torch model the dropout masks that the Flax model would draw now.
+Draw = Callable[[nnx.Module, Shape], np.ndarray]
+Apply = Callable[..., "torch.Tensor"]
 
-    Run torch's step inside the block, then the Flax step: both drop the same elements. The Flax
-    model's streams are read, not advanced; a layer that is called twice draws two masks.
+
+class _Replay(NamedTuple):
+    draw: Draw
+    apply: Apply
+
+
+def _kept(layer: nnx.Module, shape: Shape) -> np.ndarray:
+    return np.asarray(layer(jnp.ones(shape))) != 0
+
+
+def _dropped(module: "torch.nn.Dropout", x: "torch.Tensor", kept: "torch.Tensor") -> "torch.Tensor":
+    return x * (kept.to(x.dtype) * (0.0 if module.p == 1 else 1 / (1 - module.p)))
+
+
+class Draws:
+    """The draws that were replayed, kept to notice one that comes twice.
+
+    Attributes:
+      repeated: names of the layers that drew the same mask twice.
+    """
+
+    def __init__(self) -> None:
+        self.repeated: set[str] = set()
+        self._seen: set[int] = set()
+
+    def add(self, name: str, drawn: np.ndarray) -> None:
+        """Remembers a layer's draw; masks of few or equal elements say nothing and are not kept."""
+        if drawn.size < _ENOUGH or not 0 < drawn.mean() < 1:
+            return
+        mark = hash((name, drawn.shape, drawn.tobytes()))
+        if mark in self._seen:
+            self.repeated.add(name)
+        self._seen.add(mark)
+
+
+_DROPOUT = _Replay(_kept, _dropped)
+_REPLAYS: dict[type[nnx.Module], _Replay] = {Dropout: _DROPOUT, nnx.Dropout: _DROPOUT}
+
+
+def register_replay(module_type: type[nnx.Module], *, draw: Draw, apply: Apply) -> None:
+    """Teaches :func:`replayed` a random layer of your own, such as one that adds noise.
 
     Args:
-      flax_model: a model in training mode with :class:`flaxstab.dropout.Dropout` layers.
-      torch_model: its twin, with ``torch.nn.Dropout`` layers of the same names.
+      module_type: the Flax layer's type.
+      draw: from a copy of the layer and the input's shape (features last) to what it draws, as an
+        array that broadcasts to the input; it must take its keys from the layer's own streams.
+      apply: from PyTorch's layer, its input and that draw (a tensor) to its output.
+
+    Raises:
+      ValueError: if the type is registered already.
+
+    Example:
+      >>> class Noise(nnx.Module):
+      ...     def __init__(self, std, rngs):
+      ...         self.std, self.rngs = std, rngs
+      ...     def __call__(self, x):
+      ...         return x + self.std * self.rngs.noise.normal(x.shape)
+      >>> register_replay(
+      ...     Noise,
+      ...     draw=lambda layer, shape: layer.rngs.noise.normal(shape),
+      ...     apply=lambda module, x, draw: x + module.std * draw,
+      ... )
+    """
+    check(
+        module_type not in _REPLAYS,
+        "a module type is registered once",
+        module_type=module_type.__name__,
+    )
+    _REPLAYS[module_type] = _Replay(draw, apply)
+
+
+@contextmanager
+def replayed(
+    flax_model: nnx.Module,
+    torch_model: "torch.nn.Module",
+    layout: Layout = None,
+    draws: Draws | None = None,
+) -> Iterator[Draws]:
+    """Gives the torch model the random draws that the Flax model would make now.
+
+    Run torch's step inside the block, then the Flax step: both drop the same elements. The Flax
+    model's streams are read, not advanced; a layer that is called twice draws twice. Replayed are
+    :class:`flaxstab.dropout.Dropout`, ``nnx.Dropout`` and types given to :func:`register_replay`.
+
+    Args:
+      flax_model: a model in training mode.
+      torch_model: its twin, with layers of the same names.
       layout: ``'image'`` if torch's tensors have the channels at axis 1.
+      draws: where to keep what is drawn, if masks should be new from step to step, too.
 
     Yields:
-      Nothing.
+      What is drawn: ``draws.repeated`` names layers that drew the same mask twice.
 
     Raises:
       ValueError: if a torch dropout layer has no counterpart or another probability, is of
@@ -38,40 +121,54 @@ def replayed_dropout(
     """
     import torch
 
-    layers = interop.named_modules(flax_model)
+    layers, kept = interop.named_modules(flax_model), draws or Draws()
     handles = []
     for name, module in torch_model.named_modules():
+        source = layers.get(name)
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            source = layers.get(name)
-            plain = type(module) is torch.nn.Dropout and not module.inplace
-            if not plain or not isinstance(source, Dropout) or source.p != module.p:
-                raise ValueError(
-                    "every torch dropout must be a torch.nn.Dropout, not in place, with a flaxstab "
-                    f"Dropout of its name and probability, got {name!r}: {module}."
-                )
-            handles.append(module.register_forward_hook(_hook(source, layout)))
+            _check_dropout(name, module, source)
+        if source is not None and type(source) in _REPLAYS:
+            hook = _hook(name, nnx.clone(source), layout, kept)
+            handles.append(module.register_forward_hook(hook))
     try:
-        yield
+        yield kept
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(source: Dropout, layout: Layout) -> object:
-    stream = nnx.clone(source.rngs)
+def _check_dropout(
+    name: str, module: "torch.nn.modules.dropout._DropoutNd", source: nnx.Module | None
+) -> None:
+    import torch
+
+    rate = source.p if isinstance(source, Dropout) else None
+    rate = source.rate if isinstance(source, nnx.Dropout) else rate
+    if type(module) is not torch.nn.Dropout or module.inplace or rate != module.p:
+        raise ValueError(
+            "every torch dropout must be a torch.nn.Dropout, not in place, with a flaxstab or nnx "
+            f"Dropout of its name and probability, got {name!r}: {module} and {source!r:.60}. "
+            "Give both the same probability, or set it to 0."
+        )
+
+
+def _hook(
+    name: str, layer: nnx.Module, layout: Layout, draws: Draws
+) -> Callable[..., "torch.Tensor"]:
+    replay = _REPLAYS[type(layer)]
 
     def hook(
-        module: "torch.nn.Dropout", inputs: "tuple[torch.Tensor]", output: "torch.Tensor"
+        module: "torch.nn.Module", inputs: "tuple[torch.Tensor]", output: "torch.Tensor"
     ) -> "torch.Tensor":
         import torch
 
-        if not module.training or stream is None or module.p == 0:
+        if not module.training:
             return output
         x = inputs[0]
         image = layout == "image" and x.ndim > 2
         shape = (x.shape[0], *x.shape[2:], x.shape[1]) if image else tuple(x.shape)
-        mask = np.asarray(functional.dropout_mask(stream(), source.p, shape))
-        kept = torch.tensor(channels_first(mask, layout)).to(x.dtype)
-        return x * (kept * (0.0 if source.p == 1 else 1 / (1 - source.p)))
+        drawn = np.asarray(replay.draw(layer, shape))
+        draws.add(name, drawn)
+        return replay.apply(module, x, torch.tensor(channels_first(drawn, layout)))
 
     return hook

@@ -1,9 +1,11 @@
 """Runs a PyTorch module or function at any precision."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,15 +14,23 @@ from flaxstab._typing import DTypeLike
 from flaxstab.parity._inputs import (
     STEPS,
     Inputs,
+    Layout,
     Values,
     channels_first,
     channels_last,
     growth,
+    named_leaves,
 )
-from flaxstab.parity._replay import replayed_dropout
+from flaxstab.parity._place import Names, located
+from flaxstab.parity._precision import EXACT, Precision
+from flaxstab.parity._replay import Draws, replayed
 
 if TYPE_CHECKING:
     import torch
+
+    Tensors = Mapping[str, torch.Tensor]
+
+Rename = Callable[[str], str]
 
 
 def torch_dtype(dtype: DTypeLike) -> "torch.dtype":
@@ -35,105 +45,242 @@ class TorchSide:
 
     Args:
       target: the module (it is copied, never changed, and set to training mode), or the function.
+      rename: from this module's names to the names that the results go by.
+
+    Raises:
+      ValueError: if the target is neither.
     """
 
-    def __init__(self, target: "torch.nn.Module | Callable[..., torch.Tensor]") -> None:
+    def __init__(
+        self,
+        target: "torch.nn.Module | Callable[..., torch.Tensor]",
+        rename: Rename | None = None,
+    ) -> None:
         import torch
 
+        if not callable(target):
+            raise ValueError(
+                f"torch_side must be a torch.nn.Module or a function, got {type(target).__name__}."
+            )
         self.function = target
         self.module = copy.deepcopy(target) if isinstance(target, torch.nn.Module) else None
+        self.rename = rename or (lambda name: name)
+        self.draws = Draws()
         if self.module is not None:
             self.module.train()
 
-    def state_dict(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> Values:
         """Returns the module's tensors by name; of a function, none."""
         state = {} if self.module is None else self.module.state_dict()
-        return {name: tensor.numpy() for name, tensor in state.items()}
+        return {self.rename(name): tensor.numpy() for name, tensor in state.items()}
 
-    def rounded(self, dtype: DTypeLike) -> "TorchSide":
-        """Returns a copy whose parameters and buffers are rounded to a dtype, and kept as wide.
+    def load(self, tensors: Values) -> None:
+        """Gives the module other tensors of the same names; those it lacks keep their values.
 
-        So every precision starts from the same numbers, and rounding them is nobody's error.
+        Raises:
+          ValueError: if a name or a shape does not fit.
         """
-        side = TorchSide(self.function if self.module is None else self.module)
-        tensors = [] if side.module is None else [*side.module.parameters(), *side.module.buffers()]
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(torch_dtype(dtype)).to(tensor.dtype)
-        return side
+        import torch
 
-    def run(self, inputs: Inputs, dtype: DTypeLike, masks: object = None) -> Values:
+        state = {} if self.module is None else self.module.state_dict()
+        own = {self.rename(name): tensor for name, tensor in state.items()}
+        wrong = [
+            f"{name} {array.shape} for {tuple(own[name].shape) if name in own else 'none'}"
+            for name, array in tensors.items()
+            if name not in own or tuple(own[name].shape) != array.shape
+        ]
+        wrong += [f"none for {name}" for name in own if name not in tensors and "num_b" not in name]
+        if wrong:
+            raise ValueError(
+                f"the Flax weights must fit the PyTorch module, got {', '.join(wrong[:5])}. "
+                "Give both modules the same layers, or pass rename=."
+            )
+        with torch.no_grad():
+            for name, array in tensors.items():
+                own[name].copy_(torch.tensor(array))
+
+    def run(
+        self, fed: Inputs, precision: Precision = EXACT, flax: nnx.Module | None = None
+    ) -> Values:
         """Returns every quantity, computed with inputs and parameters of a dtype.
 
         Layers with running statistics keep them, and their parameters, in float32 or wider.
-        Dropout layers replay the masks of ``masks``, if that is a Flax module.
+        Random layers replay the draws of ``flax``, if that is an NNX module.
         """
-        module = None if self.module is None else _at_precision(self.module, torch_dtype(dtype))
-        if module is None or not isinstance(masks, nnx.Module):
-            return self._run(module, inputs, dtype)
-        with replayed_dropout(masks, module, inputs.layout):
-            return self._run(module, inputs, dtype)
+        with self._ready(fed, precision, flax) as (module, tensors):
+            outputs = self._call(module, tensors, fed)
+            found = {n: channels_last(numpy_of(a), fed.layout) for n, a in outputs.items()}
+            found |= self._gradients(module, tensors, outputs, fed)
+            if module is None:
+                evaluated: Values = {n: a for n, a in found.items() if n.startswith("output")}
+            else:
+                steps, outputs = self._trained(module, tensors, fed)
+                found |= steps
+                evaluated = {n: channels_last(numpy_of(a), fed.layout) for n, a in outputs.items()}
+        return found | {n.replace("output", "evaluation", 1): a for n, a in evaluated.items()}
 
-    def _run(
-        self, module: "torch.nn.Module | None", inputs: Inputs, dtype: DTypeLike
-    ) -> dict[str, np.ndarray]:
+    @contextmanager
+    def _ready(
+        self, fed: Inputs, precision: Precision, flax: nnx.Module | None
+    ) -> "Iterator[tuple[torch.nn.Module | None, list[torch.Tensor]]]":
+        """Yields a copy of the module at a precision, replaying draws, and its inputs."""
+        kind = torch_dtype(precision.compute)
+        module = None if self.module is None else at_precision(self.module, precision)
+        arrays = [torch_tensor(channels_first(a, fed.layout)) for a in fed.arrays]
+        tensors = [a.to(kind).requires_grad_() if a.is_floating_point() else a for a in arrays]
+        replaying: AbstractContextManager[object] = nullcontext()
+        if flax is not None and module is not None:
+            self.draws = Draws()
+            replaying = replayed(flax, module, fed.layout, self.draws)
+        # As the run of JAX's side whose draws are replayed.
+        with jax.enable_x64(precision.compute == np.float64), replaying:
+            yield module, tensors
+
+    def _call(
+        self, module: "torch.nn.Module | None", tensors: "list[torch.Tensor]", fed: Inputs
+    ) -> "Tensors":
+        with located("PyTorch", self.names(), fed.arrays):
+            output = (self.function if module is None else module)(*tensors)
+        outputs = named_leaves("output", output)
+        _check_shapes(outputs, fed)
+        return outputs
+
+    def names(self) -> Names | None:
+        """Returns how submodules are named, to say where an error came from."""
         import torch
 
-        kind = torch_dtype(dtype)
-        arrays = [torch.tensor(channels_first(a, inputs.layout)) for a in inputs.arrays]
-        tensors = [a.to(kind).requires_grad_() if a.is_floating_point() else a for a in arrays]
-        output = (self.function if module is None else module)(*tensors)
-        cotangent = torch.tensor(channels_first(inputs.cotangent, inputs.layout)).to(output.dtype)
-        if output.shape != cotangent.shape:
-            raise ValueError(
-                "both sides must have outputs of one shape, "
-                f"got {tuple(cotangent.shape)} from Flax (in torch's layout) and "
-                f"{tuple(output.shape)} from PyTorch. For images pass layout='image'."
-            )
+        def name_of(root: "torch.nn.Module", module: "torch.nn.Module") -> str:
+            return next((n for n, found in root.named_modules() if found is module), "")
+
+        return None if self.module is None else Names(torch.nn.Module, name_of)
+
+    def _gradients(
+        self,
+        module: "torch.nn.Module | None",
+        tensors: "list[torch.Tensor]",
+        outputs: "Tensors",
+        fed: Inputs,
+    ) -> dict[str, np.ndarray]:
+        """Returns the gradients of inputs and parameters for the cotangents."""
+        import torch
+
         floats = [t for t in tensors if t.requires_grad]
         named = {} if module is None else dict(module.named_parameters())
-        grads = torch.autograd.grad(
-            output, [*floats, *named.values()], cotangent, allow_unused=True, materialize_grads=True
+        smooth = {n: a for n, a in outputs.items() if a.requires_grad}
+        wanted = [*floats, *named.values()]
+        pulled = [
+            torch_tensor(channels_first(fed.cotangents[n], fed.layout)).to(a.dtype)
+            for n, a in smooth.items()
+        ]
+        grads = [torch.zeros_like(t) for t in wanted]
+        if smooth and wanted:
+            grads = torch.autograd.grad(
+                list(smooth.values()), wanted, pulled, allow_unused=True, materialize_grads=True
+            )
+        found = {
+            f"grad input {i}": channels_last(numpy_of(g), fed.layout)
+            for i, g in enumerate(grads[: len(floats)])
+        }
+        params = zip(named, grads[len(floats) :], strict=True)
+        return found | {f"grad {self.rename(n)}": numpy_of(g) for n, g in params}
+
+    def _trained(
+        self, module: "torch.nn.Module", tensors: "list[torch.Tensor]", fed: Inputs
+    ) -> "tuple[dict[str, np.ndarray], Tensors]":
+        """Returns buffers after some training steps, and the output in evaluation after them."""
+        import torch
+
+        found: dict[str, np.ndarray] = {}
+        with torch.no_grad():
+            for step in range(1, max(STEPS) + 1):
+                if step > 1:
+                    scale = growth(step - 1)
+                    module(*(t * scale if t.is_floating_point() else t for t in tensors))
+                if step in STEPS:
+                    found |= {
+                        f"step {step} {self.rename(n)}": numpy_of(b).copy()
+                        for n, b in module.named_buffers()
+                    }
+            module.eval()
+            return found, self._call(module, tensors, fed)
+
+    def slope(
+        self, fed: Inputs, name: str, direction: np.ndarray, flax: nnx.Module | None = None
+    ) -> float:
+        """Returns the slope of <cotangents, outputs> along a direction, in float64.
+
+        Args:
+          fed: the inputs.
+          name: what moves, as its gradient is named: ``'grad input 0'`` or ``'grad weight'``.
+          direction: like the gradient.
+          flax: see :meth:`run`.
+        """
+        totals, step = [], 0.0
+        layout: Layout = fed.layout if name.startswith("grad input ") else None
+        for sign in (-1, 1):
+            with self._ready(fed, EXACT, flax) as (module, tensors):
+                moving = self._variable(module, tensors, name).detach()  # of the same memory
+                step = 1e-5 * max(float(moving.abs().max()), 1e-3)
+                moving += sign * step * torch_tensor(channels_first(direction, layout))
+                outputs = self._call(module, tensors, fed)
+                pairs = [
+                    (outputs[n], channels_first(c, fed.layout)) for n, c in fed.cotangents.items()
+                ]
+                totals.append(sum(float((a.detach() * torch_tensor(c)).sum()) for a, c in pairs))
+        return (totals[1] - totals[0]) / (2 * step)
+
+    def _variable(
+        self, module: "torch.nn.Module | None", tensors: "list[torch.Tensor]", name: str
+    ) -> "torch.Tensor":
+        if name.startswith("grad input "):
+            return [t for t in tensors if t.requires_grad][int(name.removeprefix("grad input "))]
+        named = {} if module is None else dict(module.named_parameters())
+        return next(p for n, p in named.items() if f"grad {self.rename(n)}" == name)
+
+
+def _check_shapes(outputs: "Tensors", fed: Inputs) -> None:
+    """Refuses outputs whose names or shapes differ from Flax's."""
+    if not fed.cotangents.keys() <= outputs.keys():
+        raise ValueError(
+            f"both sides must return the same structure, got {', '.join(fed.cotangents)} from "
+            f"Flax and {', '.join(outputs)} from PyTorch. Wrap one side to return what the other "
+            "returns."
         )
-        found = {"output": channels_last(_numpy(output), inputs.layout)}
-        for i, grad in enumerate(grads[: len(floats)]):
-            found[f"grad input {i}"] = channels_last(_numpy(grad), inputs.layout)
-        for name, grad in zip(named, grads[len(floats) :], strict=True):
-            found[f"grad {name}"] = _numpy(grad)
-        if module is None:
-            return {**found, "evaluation": found["output"]}
-        return {**found, **_trained(module, tensors, inputs)}
+    for name, cotangent in fed.cotangents.items():
+        expected = channels_first(cotangent, fed.layout).shape
+        if tuple(outputs[name].shape) != expected:
+            raise ValueError(
+                f"both sides must have outputs of one shape, got {name} {expected} from Flax "
+                f"(in torch's layout) and {tuple(outputs[name].shape)} from PyTorch. "
+                "For images pass layout='image'."
+            )
 
 
-def _trained(
-    module: "torch.nn.Module", tensors: "list[torch.Tensor]", inputs: Inputs
-) -> dict[str, np.ndarray]:
-    """Returns buffers after some training steps, and evaluation after them."""
-    import torch
-
-    found: dict[str, np.ndarray] = {}
-    with torch.no_grad():
-        for step in range(1, max(STEPS) + 1):
-            if step in STEPS:
-                found |= {f"step {step} {n}": _numpy(b).copy() for n, b in module.named_buffers()}
-            module(*(t * growth(step) if t.is_floating_point() else t for t in tensors))
-        module.eval()
-        evaluated = channels_last(_numpy(module(*tensors)), inputs.layout)
-    return {**found, "evaluation": evaluated}
-
-
-def _at_precision(module: "torch.nn.Module", kind: "torch.dtype") -> "torch.nn.Module":
+def at_precision(module: "torch.nn.Module", precision: Precision) -> "torch.nn.Module":
     """Returns a copy at a dtype; batch and instance norms stay in float32 at least, as ours do."""
     import torch
 
-    result = copy.deepcopy(module).to(kind)
+    kind, stored = torch_dtype(precision.compute), torch_dtype(precision.stored)
+    result = copy.deepcopy(module)
+    for tensor in [*result.parameters(), *result.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(stored).to(torch.promote_types(tensor.dtype, stored))
+    result = result.to(kind)
     for layer in result.modules():
         if isinstance(layer, torch.nn.modules.batchnorm._NormBase) and kind.itemsize < 4:
             layer.float()
     return result
 
 
-def _numpy(tensor: "torch.Tensor") -> np.ndarray:
+def torch_tensor(array: np.ndarray) -> "torch.Tensor":
+    """Returns an array as a tensor of its own memory."""
+    import torch
+
+    return torch.tensor(np.asarray(array))
+
+
+def numpy_of(tensor: "torch.Tensor") -> np.ndarray:
+    """Returns a tensor as an array of the same dtype, bfloat16 included."""
     import torch
 
     array = tensor.detach()

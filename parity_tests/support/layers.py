@@ -1,6 +1,5 @@
 """One comparison in float64 for the tests of the layers, and the constants it is judged by."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -17,19 +16,7 @@ SEMANTICS = 1e-12
 OFFSET_ERROR = 2e-6
 """Output error of a norm on float32 data of std 1 at any mean (DESIGN, "Conventions")."""
 
-FALSE_FAILURE = 1e-9
-"""Probability that one random check fails although all is well, by both sides together."""
-
 TorchFunction = Callable[..., torch.Tensor]
-
-
-def hoeffding(n: int, width: float = 1.0) -> float:
-    """Returns the distance of the mean of n draws from its expectation, two-sided.
-
-    Hoeffding's inequality: independent draws from an interval of the given width stay within it
-    but with probability ``FALSE_FAILURE``.
-    """
-    return width * math.sqrt(math.log(2 / FALSE_FAILURE) / (2 * n))
 
 
 def assert_same(ours: ArrayLike, theirs: ArrayLike, size: float = 0.0) -> None:

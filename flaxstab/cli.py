@@ -1,0 +1,72 @@
+"""The command line: ``flaxstab parity selftest``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+PASSED, FAILED, REFUSED = 0, 1, 2
+_NEEDED = ("jax", "flax", "optax", "torch")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: the words behind ``flaxstab``; ``None`` takes them from the command line.
+
+    Returns:
+      The exit code: 0 if all is well, 1 if a fault was missed or a sound case alarmed, 2 if the
+      command could not be carried out.
+    """
+    given = _parser().parse_args(arguments)
+    missing = [name for name in _NEEDED if not _imports(name)]
+    if missing:
+        names = " and ".join(missing)
+        return _refuse(f"{names} cannot be imported. Install them: pip install 'flaxstab[torch]'.")
+    from flaxstab.parity._selftest import run
+
+    try:
+        table = run(given.seed, given.side, given.only)
+    except ValueError as error:
+        return _refuse(str(error))
+    sys.stdout.write(f"{table}\n")
+    return PASSED if table.passed else FAILED
+
+
+def _imports(name: str) -> bool:
+    try:
+        import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write(f"flaxstab: {message}\n")
+    return REFUSED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flaxstab", description="PyTorch's training semantics for JAX, proven equal."
+    )
+    topics = parser.add_subparsers(metavar="COMMAND", required=True)
+    parity = topics.add_parser("parity", help="the harness that compares JAX with PyTorch")
+    actions = parity.add_subparsers(metavar="ACTION", required=True)
+    selftest = actions.add_parser(
+        "selftest",
+        help="plant faults on either side and see whether the harness finds them",
+        description="Plants one fault after the other in the JAX side or the PyTorch side, compares"
+        " the sides as every user does, and says which check found it. Takes about two minutes.",
+        epilog="exit code: 0 every fault was found and sound code passed; 1 not so; 2 refused",
+    )
+    selftest.add_argument("--seed", type=int, default=0, help="of sides and inputs (default: 0)")
+    selftest.add_argument(
+        "--side", choices=("jax", "torch", "both", "random"), default="random",
+        help="where to plant: one side, both in turn, or a random one for each (default)",
+    )  # fmt: skip
+    selftest.add_argument(
+        "--only", nargs="+", default=(), metavar="NAME", help="plant these faults alone"
+    )
+    return parser

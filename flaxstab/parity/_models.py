@@ -1,0 +1,243 @@
+"""Compares two models or functions: semantics in float64, numerics against it."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flaxstab._typing import DTypeLike
+from flaxstab.parity._flax_side import FlaxSide
+from flaxstab.parity._inputs import Inputs, Layout, Values, is_float
+from flaxstab.parity._precision import Precision
+from flaxstab.parity._program import NNXProgram, Program, program
+from flaxstab.parity._report import Report, Tolerance, factor_of
+from flaxstab.parity._torch_side import Rename, TorchSide
+from flaxstab.parity._verdict import (
+    Finding,
+    Side,
+    Verdict,
+    differ,
+    judge_numerics,
+    judge_semantics,
+    repeated_draws,
+    the_wrong_one,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_PASSED_ON = ("output", "evaluation", "grad input")  # what the next layer sees the dtype of
+_REDRAWS = 2
+
+Weights = Literal["torch", "flax"] | None
+
+
+class Pair:
+    """Two models or functions, compiled once and compared on as many inputs as one likes.
+
+    Args:
+      flax_side: an ``nnx.Module``, a :class:`Linen`, or a function.
+      torch_side: its counterpart.
+      inputs: as they will be given to :meth:`judge`; their shapes count.
+      layout: see :func:`compare`.
+      weights: see :func:`compare`.
+      rename: see :func:`compare`.
+      witness: see :func:`compare`.
+
+    Raises:
+      ValueError: if the weights do not fit or a side cannot run.
+    """
+
+    def __init__(
+        self,
+        flax_side: object,
+        torch_side: "torch.nn.Module | Callable[..., torch.Tensor]",
+        inputs: Sequence[np.ndarray],
+        *,
+        layout: Layout = None,
+        weights: Weights = "torch",
+        rename: Rename | None = None,
+        witness: "torch.nn.Module | Callable[..., torch.Tensor] | None" = None,
+    ) -> None:
+        self._layout: Layout = layout
+        self._program = program(flax_side, tuple(inputs))
+        self._torch = TorchSide(torch_side, rename)
+        self._ignored = carry(self._program, self._torch, weights)
+        self._flax = FlaxSide(self._program)
+        self._shapes = self._flax.output_shapes(tuple(inputs))
+        self._witness = None if witness is None else TorchSide(witness, rename)
+        if self._witness is not None:
+            self._witness.load(self._torch.tensors() if self._witness.module is not None else {})
+        made = self._program
+        self._drawing = made.module if isinstance(made, NNXProgram) else None
+
+    def judge(
+        self,
+        inputs: Sequence[np.ndarray],
+        *,
+        dtypes: Sequence[DTypeLike] = (np.float32,),
+        tolerances: tuple[Tolerance, ...] = (),
+        seed: int = 0,
+    ) -> Report:
+        """Compares both sides on some inputs; see :func:`compare`."""
+        rng = np.random.default_rng(seed)
+        cotangents = {name: rng.normal(size=shape) for name, shape in self._shapes.items()}
+        fed = Inputs(tuple(inputs), cotangents, self._layout)
+        findings = self._semantics(fed, tolerances)
+        for dtype in dtypes:
+            findings += self._numerics(fed, dtype, tolerances)
+        notes = [f"{name} (the Flax layer does without)" for name in self._ignored]
+        if dtypes and self._drawing is not None and _has_stock_dropout(self._drawing):
+            notes.append(
+                "float32 and below behind nnx.Dropout (its mask depends on JAX's x64 mode)"
+            )
+        return Report(tuple(findings), tuple(notes), tolerances)
+
+    def _semantics(self, fed: Inputs, tolerances: tuple[Tolerance, ...]) -> list[Finding]:
+        ours, theirs = self._flax.run(fed), self._torch.run(fed, flax=self._drawing)
+        repeated = repeated_draws(self._torch.draws.repeated)
+        magnitudes = self._flax.magnitudes(fed, ours)
+        findings = [
+            judge_semantics(n, a, theirs[n], magnitudes[n], factor_of(n, tolerances))
+            for n, a in ours.items()
+            if n in theirs
+        ]
+        findings += [differ(n, "float64", "only PyTorch has it") for n in self._only(theirs, ours)]
+        findings += [differ(n, "float64", "only Flax has it") for n in self._only(ours, theirs)]
+        if not all(f.passed for f in findings):
+            findings = self._attributed(findings, fed, ours, theirs, magnitudes)
+        return findings + repeated
+
+    def _only(self, one: Values, other: Values) -> list[str]:
+        without = tuple(f" {name}" for name in self._ignored)
+        return [n for n in one if n not in other and not (without and n.endswith(without))]
+
+    def _attributed(
+        self,
+        findings: list[Finding],
+        fed: Inputs,
+        ours: Values,
+        theirs: Values,
+        magnitudes: dict[str, float],
+    ) -> list[Finding]:
+        """Names the side at fault, by the witness or, for a gradient, by the outputs' slope."""
+        third = {} if self._witness is None else self._witness.run(fed, flax=self._drawing)
+        same_outputs = all(f.passed for f in findings if f.name.startswith("output"))
+
+        def side(name: str) -> Side:
+            if name in third and name in ours and name in theirs:
+                return _outvoted(ours[name], theirs[name], third[name], magnitudes[name])
+            if name.startswith("grad ") and same_outputs and name in ours and name in theirs:
+                return self._off_slope(fed, name, ours[name], theirs[name])
+            return ""
+
+        return [f if f.passed else f._replace(side=side(f.name)) for f in findings]
+
+    def _off_slope(self, fed: Inputs, name: str, ours: np.ndarray, theirs: np.ndarray) -> Side:
+        if ours.shape != theirs.shape:
+            return ""
+        direction = np.random.default_rng(0).normal(size=ours.shape)
+        slope = self._torch.slope(fed, name, direction, self._drawing)
+        errors = [abs(float(np.sum(direction * grad)) - slope) for grad in (ours, theirs)]
+        if min(errors) * 10 > max(errors):  # neither is the slope, or both are near it
+            return ""
+        return "jax" if errors[0] > errors[1] else "torch"
+
+    def _numerics(
+        self, fed: Inputs, dtype: DTypeLike, tolerances: tuple[Tolerance, ...]
+    ) -> list[Finding]:
+        findings = self._numerics_once(fed, dtype, tolerances)
+        for seed in range(_REDRAWS):
+            suspects = [f.name for f in findings if f.side]
+            if not suspects:
+                break
+            again = self._numerics_once(fed.redrawn(seed), dtype, tolerances)
+            verdicts = {f.name: f.verdict for f in again}
+            findings = [
+                f if not f.side or verdicts[f.name] is f.verdict else _by_chance(f)
+                for f in findings
+            ]
+        if any(f.side == "jax" for f in findings):
+            findings = self._without_fast_matmul(findings, fed, dtype, tolerances)
+        return findings
+
+    def _without_fast_matmul(
+        self,
+        findings: list[Finding],
+        fed: Inputs,
+        dtype: DTypeLike,
+        tolerances: tuple[Tolerance, ...],
+    ) -> list[Finding]:
+        """Recognises JAX's default matmul precision, which is no fault of the program."""
+        with jax.default_matmul_precision("highest"):
+            again = {f.name: f for f in self._numerics_once(fed, dtype, tolerances)}
+        words = (
+            "agrees with jax.default_matmul_precision('highest'); at the precision that is set, "
+            "matrix products (TF32 or bfloat16) are less exact than PyTorch's"
+        )
+        return [
+            f._replace(verdict=Verdict.AGREE, side="", explanation=words)
+            if f.side == "jax" and again[f.name].passed
+            else f
+            for f in findings
+        ]
+
+    def _numerics_once(
+        self, fed: Inputs, dtype: DTypeLike, tolerances: tuple[Tolerance, ...]
+    ) -> list[Finding]:
+        fed = fed.rounded(dtype)
+        exact, low = Precision(np.float64, dtype), Precision(dtype, dtype)
+        # Each side is held to its own float64 result: what its program means is judged already.
+        exact_ours = self._flax.run(fed, exact)
+        exact_theirs = self._torch.run(fed, exact, self._drawing)
+        ours, theirs = self._flax.run(fed, low), self._torch.run(fed, low, self._drawing)
+        sensitivities = self._flax.sensitivities(fed, exact_ours, exact)
+        kind, findings = jnp.dtype(dtype), []
+        for name in (n for n in ours if n in theirs and is_float(exact_ours[n])):
+            sides, oracles = (ours[name], theirs[name]), (exact_ours[name], exact_theirs[name])
+            if name.startswith(_PASSED_ON) and sides[0].dtype != sides[1].dtype:
+                words = f"the dtypes differ: {sides[0].dtype} and {sides[1].dtype}"
+                findings.append(differ(name, kind.name, words, _of_other_dtype(*sides, kind)))
+            else:
+                factor = factor_of(name, tolerances)
+                findings.append(
+                    judge_numerics(name, *sides, oracles, sensitivities[name], kind, factor)
+                )
+        return findings
+
+
+def carry(flax: Program, torch_side: TorchSide, weights: Weights) -> tuple[str, ...]:
+    """Carries the weights; returns the names of tensors that Flax does without."""
+    if weights == "torch":
+        return flax.load(torch_side.tensors())
+    ours = flax.tensors()
+    if weights == "flax":
+        torch_side.load(ours)
+    return tuple(name for name in torch_side.tensors() if name not in ours)
+
+
+def _has_stock_dropout(model: nnx.Module) -> bool:
+    modules = (module for _, module in nnx.iter_modules(model))
+    return any(isinstance(module, nnx.Dropout) and module.rate > 0 for module in modules)
+
+
+def _by_chance(finding: Finding) -> Finding:
+    words = (
+        "larger than the bound on these inputs and not on others nearby: a value on a kink "
+        "(ReLU, max) or chance in the last digit"
+    )
+    return finding._replace(verdict=Verdict.ILL_CONDITIONED, side="", explanation=words)
+
+
+def _of_other_dtype(ours: np.ndarray, theirs: np.ndarray, kind: np.dtype) -> Side:
+    """Returns the side whose result has another dtype than the inputs, if it is one."""
+    return the_wrong_one(ours.dtype == kind, theirs.dtype == kind)
+
+
+def _outvoted(ours: np.ndarray, theirs: np.ndarray, third: np.ndarray, magnitude: float) -> Side:
+    """Returns the side that disagrees with the witness, if the other agrees with it."""
+    right = [judge_semantics("", side, third, magnitude).passed for side in (ours, theirs)]
+    return the_wrong_one(*right)

@@ -1,0 +1,79 @@
+"""What optax and torch.optim call the same state: one table."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+import optax
+
+from flaxstab._typing import PyTree
+from flaxstab.parity._torch_side import numpy_of
+
+if TYPE_CHECKING:
+    import torch
+
+_KINDS: dict[type, dict[str, str]] = {
+    optax.ScaleByAdamState: {"mu": "exp_avg", "nu": "exp_avg_sq"},
+    optax.ScaleByAmsgradState: {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"},
+    optax.TraceState: {"trace": "momentum_buffer"},
+    optax.ScaleByRmsState: {"nu": "square_avg"},
+    optax.ScaleByRStdDevState: {"mu": "grad_avg", "nu": "square_avg"},
+    optax.ScaleByRssState: {"sum_of_squares": "sum"},
+}
+
+
+_ALWAYS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+
+
+def jax_state(state: PyTree, named: Callable[[PyTree], Mapping[str, PyTree]]) -> dict[str, PyTree]:
+    """Returns the arrays of an optax state by torch's names, such as ``'exp_avg weight'``.
+
+    Args:
+      state: an optax state of plain arrays.
+      named: names the arrays of a tree like the parameters.
+    """
+    found: dict[str, PyTree] = {}
+    for node in _nodes(state):
+        names: Mapping[str, PyTree] = {}
+        for field, key in _KINDS[type(node)].items():
+            names = named(getattr(node, field))
+            found |= {f"{key} {name}": array for name, array in names.items()}
+        if "count" in node._fields:
+            found |= {f"step {name}": node.count for name in names}
+    return found
+
+
+def _nodes(state: PyTree) -> Iterator[PyTree]:
+    """Yields the states that the table knows, each kind once."""
+    kinds = tuple(_KINDS)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    yield from {type(node): node for node in nodes if isinstance(node, kinds)}.values()
+
+
+def torch_state(
+    optimizer: "torch.optim.Optimizer", names: "Mapping[torch.nn.Parameter, str]"
+) -> dict[str, np.ndarray]:
+    """Returns an optimizer's tensors by name, such as ``'exp_avg weight'`` and ``'step weight'``.
+
+    Args:
+      optimizer: after at least one step.
+      names: of its parameters.
+    """
+    import torch
+
+    return {
+        f"{key} {names[parameter]}": numpy_of(torch.as_tensor(value)).copy()
+        for parameter, entry in optimizer.state.items()
+        for key, value in entry.items()
+        if value is not None
+    }
+
+
+def is_optional(name: str) -> bool:
+    """Whether optax may do without an entry of torch's state: a step count or a rare buffer.
+
+    Args:
+      name: such as ``'exp_avg weight'``.
+    """
+    return name.split(" ", maxsplit=1)[0] not in _ALWAYS

@@ -1,0 +1,170 @@
+"""What a comparison found, and what somebody told it to overlook."""
+
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from flaxstab._checks import check
+from flaxstab.parity._inputs import STEPS
+from flaxstab.parity._verdict import Finding, Side, Verdict
+
+_SHOWN = 8  # a failure fits one screen
+_GRAVITY = (
+    Verdict.SEMANTICS_DIFFER,
+    Verdict.JAX_WORSE,
+    Verdict.TORCH_WORSE,
+    Verdict.ILL_CONDITIONED,
+    Verdict.AGREE,
+)
+
+
+_HINTS = (  # how the first failing quantity is called, and what usually lies behind it
+    ("draws ", "the keys of random layers: fork a stream, or pass new rngs at each call"),
+    ("loss", "the forward pass and the loss: compare both models with parity.compare first"),
+    ("update", "learning rate, order of weight decay, eps, bias correction, sign, clipping"),
+    ("gradient", "the norm's eps, its order, and the dtype it is summed in"),
+    ("param", "what the step does besides the optimizer's update"),
+    ("exp_avg", "the betas, bias correction, and what is averaged: the gradient with decay or not"),
+    ("buffer", "the momentum of the statistics and whether the variance is unbiased; the mode"),
+    ("output", "the first layer that differs: eps, padding, kernel layout, the kind of GELU"),
+    ("grad", "stop_gradient, custom gradients, and what is treated as a constant"),
+    ("step ", "the momentum of the statistics and whether the variance is unbiased; the mode"),
+    ("evaluation", "the mode: which statistics, and that dropout is off"),
+)
+_ROUNDING = "the dtype that sums are kept in, and the algorithm (a one-pass variance cancels)"
+
+
+class Tolerance(NamedTuple):
+    """Widens the bound of some quantities, for a reason that the report shows.
+
+    Attributes:
+      pattern: of the quantities' names, with ``*`` and ``?``, such as ``'grad input *'``.
+      factor: by which the derived bound grows; above 1.
+      reason: why, in words.
+    """
+
+    pattern: str
+    factor: float
+    reason: str
+
+
+class Departure(NamedTuple):
+    """Where two trainings part.
+
+    Attributes:
+      step: the first step after which a tensor is outside its bound, from 1.
+      name: the tensor that is furthest outside it then.
+      dtype: the precision of that run.
+      excess: its error over its bound.
+    """
+
+    step: int
+    name: str
+    dtype: str
+    excess: float
+
+
+class Report(NamedTuple):
+    """What a comparison found.
+
+    Attributes:
+      findings: one per quantity and precision.
+      notes: what was not compared, and why.
+      tolerances: the bounds that were widened.
+      departure: of two trainings, where they part; None if they do not.
+    """
+
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+    tolerances: tuple[Tolerance, ...] = ()
+    departure: Departure | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether JAX's side is as it should be in every quantity."""
+        return all(finding.passed for finding in self.findings)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The gravest verdict; one ill-conditioned quantity among others that agree is no news."""
+        found = {finding.verdict for finding in self.findings}
+        if found == {Verdict.AGREE, Verdict.ILL_CONDITIONED}:
+            return Verdict.AGREE
+        return next((kind for kind in _GRAVITY if kind in found), Verdict.AGREE)
+
+    @property
+    def side(self) -> Side:
+        """The side that the worst finding with a side names."""
+        grave = [f for f in self.findings if f.verdict is self.verdict and f.side]
+        return max(grave, key=lambda f: f.excess).side if grave else ""
+
+    @property
+    def worst(self) -> Finding:
+        """The finding to look at first."""
+        return min(self.findings, key=lambda f: (_GRAVITY.index(f.verdict), -f.excess))
+
+    def __str__(self) -> str:
+        counts = [
+            f"{sum(f.verdict is kind for f in self.findings)} {kind}"
+            for kind in _GRAVITY
+            if any(f.verdict is kind for f in self.findings)
+        ]
+        side = f" ({self.side} is at fault)" if self.side else ""
+        lines = [f"{self.verdict}{side}: {', '.join(counts)} of {len(self.findings)} quantities"]
+        if self.departure is not None:
+            first = self.departure
+            lines.append(f"  first apart: {first.name} after step {first.step}, in {first.dtype}")
+        grave = [f for f in self.findings if _GRAVITY.index(f.verdict) < 3]
+        grave = [f for f in grave if not _follows(f, grave)]
+        shown = sorted(grave, key=lambda f: (f.dtype != "float64", f.passed)) or [self.worst]
+        lines += [_line(f) for f in shown[:_SHOWN]]
+        if len(shown) > _SHOWN:
+            lines.append(f"  ... and {len(shown) - _SHOWN} more in report.findings")
+        lines += [f"  look at: {hint}" for hint in self._hints(grave)]
+        lines += [f"  not compared: {note}" for note in self.notes[:3]]
+        lines += [
+            f"  tolerance: {t.pattern} x{t.factor:g}, because {t.reason}" for t in self.tolerances
+        ]
+        return "\n".join(lines)
+
+    def _hints(self, grave: list[Finding]) -> list[str]:
+        """Returns where to look, by what failed first in float64, or else at rounding."""
+        wide = [f.name for f in grave if f.verdict is Verdict.SEMANTICS_DIFFER]
+        if not wide:
+            return [_ROUNDING] if grave else []
+        first = wide if self.departure is None else [self.departure.name]
+        found = (hint for start, hint in _HINTS if any(name.startswith(start) for name in first))
+        return [next(found, "the module's structure")]
+
+
+def _follows(finding: Finding, grave: list[Finding]) -> bool:
+    """Whether a statistic after more steps repeats what was found after fewer."""
+    if not finding.name.startswith("step "):
+        return False
+    _, step, name = finding.name.split(" ", maxsplit=2)
+    earlier = (f"step {n} {name}" for n in STEPS if n < int(step))
+    known = {f.name for f in grave if f.dtype == finding.dtype}
+    return any(other in known for other in earlier)
+
+
+def _line(finding: Finding) -> str:
+    side = f", {finding.side}" if finding.side else ""
+    return (
+        f"  {finding.verdict}{side}: {finding.name} in {finding.dtype}: {finding.explanation} "
+        f"({finding.excess:.2g} x the bound)"
+    )
+
+
+def factor_of(name: str, tolerances: tuple[Tolerance, ...]) -> float:
+    """Returns by how much the bound of a quantity is widened."""
+    return max((t.factor for t in tolerances if fnmatchcase(name, t.pattern)), default=1.0)
+
+
+def check_tolerances(tolerances: tuple[Tolerance, ...]) -> None:
+    """Refuses a tolerance that widens nothing or gives no reason.
+
+    Raises:
+      ValueError: if so.
+    """
+    for tolerance in tolerances:
+        check(tolerance.factor > 1, "a tolerance must widen the bound", factor=tolerance.factor)
+        check(bool(tolerance.reason.strip()), "a tolerance must give its reason", reason="''")

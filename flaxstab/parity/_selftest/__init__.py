@@ -1,0 +1,6 @@
+"""The harness tests itself: it must find faults planted in either side, and nothing else."""
+
+from flaxstab.parity._selftest._plant import Fault as Fault
+from flaxstab.parity._selftest._plant import Sides as Sides
+from flaxstab.parity._selftest._run import run as run
+from flaxstab.parity._selftest._table import Table as Table

@@ -1,0 +1,338 @@
+"""Faults of linear and convolution layers, activations, pooling, dropout and losses."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from flaxstab import dropout, functional
+from flaxstab._typing import Array
+from flaxstab.functional import _linear, _losses
+from flaxstab.parity._selftest._plant import (
+    Fault,
+    Function,
+    Plant,
+    Planted,
+    argument,
+    replaced,
+    result,
+    torch_functional,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _torch_conv(make: Function) -> Plant:
+    def plant() -> Planted:
+        import torch
+
+        return replaced(torch.nn.Conv2d, "_conv_forward", make)
+
+    return plant
+
+
+def _torch_conv_argument(**changes: Function) -> Plant:
+    def plant() -> Planted:
+        import torch
+
+        return argument(torch.nn.Conv2d, "_conv_forward", **changes)
+
+    return plant
+
+
+def _torch_linear(formula: Function) -> Plant:
+    def plant() -> Planted:
+        import torch
+
+        return replaced(torch.nn.Linear, "forward", lambda _: formula)
+
+    return plant
+
+
+def _torch_padded(before: int, after: int) -> Plant:
+    """Plants the convolution of an image padded unevenly, at the layer's stride."""
+
+    def faulty(
+        layer: "torch.nn.Conv2d", x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor"
+    ) -> "torch.Tensor":
+        functional = torch_functional()
+        padded = functional.pad(x, (before, after) * 2)
+        return functional.conv2d(padded, weight, bias, layer.stride)
+
+    return _torch_conv(lambda _: faulty)
+
+
+def _undilated(
+    layer: "torch.nn.Conv2d", x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor"
+) -> "torch.Tensor":
+    return torch_functional().conv2d(x, weight, bias, layer.stride, layer.padding)
+
+
+def _conv_argument(**changes: Function) -> Plant:
+    return lambda: argument(functional, "conv", **changes)
+
+
+def _swapped_channels(x: Array) -> Array:
+    """Deals the channels 0, 2, 1, 3 to the two groups."""
+    return x[..., jnp.array([0, 2, 1, 3])]
+
+
+_AFFINE = [
+    Fault(
+        "transposed square kernel", "a kernel maps from its first axis to its second", "linear",
+        "output",
+        lambda: argument(functional, "linear", kernel=lambda kernel: kernel.T),
+        _torch_linear(lambda layer, x: x @ layer.weight + layer.bias),
+    ),
+    Fault(
+        "linear without bias", "the bias is added", "linear", "output",
+        lambda: argument(functional, "linear", bias=lambda _: None),
+        _torch_linear(lambda layer, x: x @ layer.weight.T),
+    ),
+    Fault(
+        "1e-9 too large", "float64 agrees to 1e-12", "linear", "output",
+        lambda: result(functional, "linear", lambda y: y * (1 + 1e-9)),
+        _torch_linear(lambda layer, x: (x @ layer.weight.T + layer.bias) * (1 + 1e-9)),
+    ),
+    Fault(
+        "flipped kernel", "a convolution is a correlation", "conv", "output",
+        _conv_argument(kernel=lambda kernel: kernel[::-1, ::-1]),
+        _torch_conv_argument(weight=lambda weight: weight.flip(2, 3)),
+    ),
+    Fault(
+        "kernel axes swapped", "the window's axes keep their order", "conv", "output",
+        _conv_argument(kernel=lambda kernel: kernel.swapaxes(0, 1)),
+        _torch_conv_argument(weight=lambda weight: weight.mT),
+    ),
+    Fault(
+        "conv without bias", "the bias is added", "conv", "output",
+        _conv_argument(bias=lambda _: None),
+        _torch_conv_argument(bias=lambda _: None),
+    ),
+    Fault(
+        "SAME padding at stride 2", "padding=1 pads on both sides", "conv, stride 2", "output",
+        lambda: result(_linear, "padding_pairs", lambda _: ((0, 1), (0, 1))),
+        _torch_padded(0, 1),
+    ),
+    Fault(
+        "windows one pixel early", "the first window starts at -padding", "conv, stride 2",
+        "output",
+        lambda: result(_linear, "padding_pairs", lambda _: ((2, 0), (2, 0))),
+        _torch_padded(2, 0),
+    ),
+    Fault(
+        "dilation ignored", "dilation spaces the window", "conv, dilated", "output",
+        _conv_argument(dilation=lambda _: 1),
+        _torch_conv(lambda _: _undilated),
+    ),
+    Fault(
+        "channels dealt to groups in turn", "a group is neighbouring channels", "conv in groups",
+        "output",
+        _conv_argument(x=_swapped_channels),
+        _torch_conv_argument(input=lambda x: x[:, [0, 2, 1, 3]]),
+    ),
+]  # fmt: skip
+
+
+def _other_slope(original: Function) -> Function:
+    def faulty(x: Array) -> Array:
+        near = jax.nn.gelu(x, approximate=True)
+        return near + jax.lax.stop_gradient(original(x) - near)
+
+    return faulty
+
+
+def _torch_other_slope(original: Function) -> Function:
+    def faulty(x: "torch.Tensor") -> "torch.Tensor":
+        near = original(x, approximate="tanh")
+        return near + (original(x) - near).detach()
+
+    return faulty
+
+
+def _cropped_zeros(original: Function) -> Function:
+    """Pads a maximum by zeros."""
+
+    def faulty(x: Array, size: int, stride: int, padding: int) -> Array:
+        frame = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        return original(jnp.pad(x, frame), size, stride, 0)
+
+    return faulty
+
+
+def _torch_cropped_zeros(original: Function) -> Function:
+    def faulty(x: "torch.Tensor", size: int, stride: int, padding: int) -> "torch.Tensor":
+        return original(torch_functional().pad(x, (padding,) * 4), size, stride, 0)
+
+    return faulty
+
+
+def _apart(x: "Array | torch.Tensor", mean: Function) -> "list[Array | torch.Tensor]":
+    """Averages windows that end before the next begins: 0 to 2, 2 to 4, 4 to 7 of 7."""
+    return [mean(x, slice(*ends)) for ends in ((0, 2), (2, 4), (4, 7))]
+
+
+def _disjoint(original: Function) -> Function:
+    del original
+
+    def faulty(x: Array, size: int) -> Array:
+        del size
+        x = jnp.stack(_apart(x, lambda x, cut: x[:, cut].mean(1)), 1)
+        return jnp.stack(_apart(x, lambda x, cut: x[:, :, cut].mean(2)), 2)
+
+    return faulty
+
+
+def _torch_disjoint(original: Function) -> Function:
+    del original
+
+    def faulty(x: "torch.Tensor", size: int) -> "torch.Tensor":
+        import torch
+
+        del size
+        x = torch.stack(_apart(x, lambda x, cut: x[:, :, cut].mean(2)), 2)
+        return torch.stack(_apart(x, lambda x, cut: x[:, :, :, cut].mean(3)), 3)
+
+    return faulty
+
+
+_SHAPES = [
+    Fault(
+        "tanh GELU", "GELU is the exact one", "gelu", "output",
+        lambda: replaced(functional, "gelu", lambda _: lambda x: jax.nn.gelu(x, approximate=True)),
+        lambda: replaced(
+            torch_functional(), "gelu", lambda f: lambda x: f(x, approximate="tanh")
+        ),
+    ),
+    Fault(
+        "gradient of the tanh GELU", "a gradient is that of the value", "gelu", "grad input",
+        lambda: replaced(functional, "gelu", _other_slope),
+        lambda: replaced(torch_functional(), "gelu", _torch_other_slope),
+    ),
+    Fault(
+        "maximum over zeros", "padding never wins a maximum", "max pool", "output",
+        lambda: replaced(functional, "max_pool", _cropped_zeros),
+        lambda: replaced(torch_functional(), "max_pool2d", _torch_cropped_zeros),
+    ),
+    Fault(
+        "infinity clipped", "infinity stays infinite", "max pool of infinity", "output",
+        lambda: result(functional, "max_pool", lambda y: jnp.clip(y, max=jnp.finfo(y.dtype).max)),
+        lambda: result(torch_functional(), "max_pool2d", lambda y: y.nan_to_num()),
+    ),
+    Fault(
+        "padding not counted", "an average counts the padding", "avg pool", "output",
+        lambda: argument(functional, "avg_pool", count_include_pad=lambda _: False),
+        lambda: replaced(
+            torch_functional(), "avg_pool2d",
+            lambda f: lambda *args: f(*args, count_include_pad=False),
+        ),
+    ),
+    Fault(
+        "adaptive windows apart", "adaptive windows may overlap", "adaptive avg pool", "output",
+        lambda: replaced(functional, "adaptive_avg_pool", _disjoint),
+        lambda: replaced(torch_functional(), "adaptive_avg_pool2d", _torch_disjoint),
+    ),
+]  # fmt: skip
+
+
+def _mask_function(formula: Function) -> Plant:
+    """Plants a formula of (x, mask, p) in the torch twin's dropout with a given mask."""
+
+    def plant() -> Planted:
+        from torch_ref import functional as reference
+
+        return replaced(reference, "inverted_dropout", lambda _: formula)
+
+    return plant
+
+
+def _torch_dropping_always() -> Plant:
+    def plant() -> Planted:
+        import torch
+
+        def forward(layer: "torch.nn.Dropout", x: "torch.Tensor") -> "torch.Tensor":
+            return torch_functional().dropout(x, layer.p, training=True)
+
+        return replaced(torch.nn.Dropout, "forward", lambda _: forward)
+
+    return plant
+
+
+_DROPOUT = [
+    Fault(
+        "dropout without scale", "what is kept grows by 1 / (1 - p)", "dropout, mask given",
+        "output",
+        lambda: result(functional, "dropout", lambda y: y * 0.75),
+        _mask_function(lambda x, mask, _: x * mask),
+    ),
+    Fault(
+        "dropout scale 1 % off", "what is kept grows by 1 / (1 - p)", "dropout, mask given",
+        "output",
+        lambda: result(functional, "dropout", lambda y: y * 1.01),
+        _mask_function(lambda x, mask, p: x * (mask * 1.01 / (1 - p))),
+    ),
+    Fault(
+        "mask of what to drop", "true keeps", "dropout, mask given", "output",
+        lambda: argument(functional, "dropout", mask=lambda mask: ~mask),
+        _mask_function(lambda x, mask, p: x * ((1 - mask) / (1 - p))),
+    ),
+    Fault(
+        "dropout in evaluation", "evaluation is the identity", "dropout", "evaluation",
+        lambda: argument(dropout.Dropout, "__call__", deterministic=lambda _: False),
+        _torch_dropping_always(),
+    ),
+]  # fmt: skip
+
+
+def _among_others(smoothing: float) -> float:
+    """The smoothing that gives e / (K - 1) to the other classes and none of e to the label's."""
+    return smoothing * 5 / 4  # of the case's K = 5 classes
+
+
+def _all_counted(original: Function) -> Function:
+    def faulty(*arguments: Array) -> tuple[Array, Array]:
+        losses, total = original(*arguments)
+        return losses, jnp.asarray(losses.size, total.dtype)
+
+    return faulty
+
+
+def _torch_all_counted(original: Function) -> Function:
+    def faulty(logits: "torch.Tensor", labels: "torch.Tensor", **options: float) -> "torch.Tensor":
+        return original(logits, labels, reduction="sum", **options) / len(labels)
+
+    return faulty
+
+
+def _entropy_argument(**changes: Function) -> tuple[Plant, Plant]:
+    return (
+        lambda: argument(functional, "cross_entropy", **changes),
+        lambda: argument(torch_functional(), "cross_entropy", **changes),
+    )
+
+
+_LOSSES = [
+    Fault(
+        "smoothing over K - 1", "smoothing spreads over all classes", "cross entropy", "output",
+        *_entropy_argument(label_smoothing=_among_others),
+    ),
+    Fault(
+        "ignored labels counted", "the mean is over the labels that count", "cross entropy",
+        "output",
+        lambda: replaced(_losses, "_hard", _all_counted),
+        lambda: replaced(torch_functional(), "cross_entropy", _torch_all_counted),
+    ),
+    Fault(
+        "sum for mean", "the default reduction is the mean", "cross entropy", "output",
+        *_entropy_argument(reduction=lambda _: "sum"),
+    ),
+    Fault(
+        "mean over samples", "a weighted mean divides by the weights",
+        "cross entropy, classes weighted", "output",
+        lambda: replaced(_losses, "_hard", _all_counted),
+        lambda: replaced(torch_functional(), "cross_entropy", _torch_all_counted),
+    ),
+]  # fmt: skip
+
+LAYERS = (*_AFFINE, *_SHAPES, *_DROPOUT, *_LOSSES)

@@ -1,0 +1,360 @@
+"""Faults of AdamW and of clipping."""
+
+import math
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flaxstab import optim
+from flaxstab._typing import Array
+from flaxstab.optim import _adam, _clip
+from flaxstab.parity._selftest import _cases_training as cases
+from flaxstab.parity._selftest._plant import (
+    Fault,
+    Function,
+    Plant,
+    Planted,
+    argument,
+    replaced,
+    result,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_BETAS, _EPS = (0.9, 0.999), 1e-8  # of every case, by default
+_FOREVER = 10**9  # steps, after which bias correction is 1
+
+
+def _leaf(make: Function) -> Plant:
+    """Plants a change of the step of one parameter."""
+    return lambda: replaced(_adam, "_step_leaf", make)
+
+
+def _leaf_argument(**changes: Function) -> Plant:
+    return lambda: argument(_adam, "_step_leaf", **changes)
+
+
+def leaf_update(change: Function) -> Plant:
+    """Plants a change of an update, a function of (update, parameter, rate, decay)."""
+
+    def make(original: Function) -> Function:
+        def faulty(
+            hypers: _adam._Hypers, count: Array, g: Array, decays: bool, p: Array, *state: Array
+        ) -> tuple[Array, ...]:
+            bare, *kept = original(hypers, count, g, False, p, *state)
+            decay = hypers.weight_decay if decays else 0.0
+            return change(bare, p, hypers.learning_rate, decay), *kept
+
+        return faulty
+
+    return _leaf(make)
+
+
+def _leaf_direction(formula: Function) -> Plant:
+    """Plants a divisor, a function of (second moments, its correction, the largest before)."""
+
+    def make(original: Function) -> Function:
+        def faulty(
+            hypers: _adam._Hypers, count: Array, g: Array, decays: bool, p: Array, *state: Array
+        ) -> tuple[Array, ...]:
+            _, m, v, *_ = original(hypers, count, g, decays, p, *state)
+            first, second = (1 - beta ** count.astype(p.dtype) for beta in _BETAS)
+            divisor, *peak = formula(v, second, *state[2:])
+            rate = hypers.learning_rate
+            update = -rate * (m / first) / divisor - rate * hypers.weight_decay * p
+            return update, m, v, *peak
+
+        return faulty
+
+    return _leaf(make)
+
+
+def _l2(original: Function) -> Function:
+    def faulty(
+        hypers: _adam._Hypers, count: Array, g: Array, decays: bool, p: Array, *state: Array
+    ) -> tuple[Array, ...]:
+        del decays
+        return original(hypers, count, g + hypers.weight_decay * p, False, p, *state)
+
+    return faulty
+
+
+def _torch_adam(make: Function) -> Plant:
+    """Plants a change of one step on lists of parameters, gradients, moments and step counts."""
+
+    def plant() -> Planted:
+        return replaced(import_module("torch.optim.adam"), "_single_tensor_adam", make)
+
+    return plant
+
+
+def _torch_adam_argument(**changes: Function) -> Plant:
+    def plant() -> Planted:
+        return argument(import_module("torch.optim.adam"), "_single_tensor_adam", **changes)
+
+    return plant
+
+
+def torch_update(change: Function, **without: float) -> Plant:
+    """Plants a change of parameters, a function of (before, after, rate, decay)."""
+
+    def make(original: Function) -> Function:
+        def faulty(params: "list[torch.Tensor]", *lists: object, **options: float) -> None:
+            before = [p.clone() for p in params]
+            original(params, *lists, **{**options, **without})
+            for old, p in zip(before, params, strict=True):
+                p.copy_(change(old, p.clone(), options["lr"], options["weight_decay"]))
+
+        return faulty
+
+    return _torch_adam(make)
+
+
+def _torch_corrected(steps: int) -> Plant:
+    """Plants a bias correction by another number of steps."""
+
+    def make(original: Function) -> Function:
+        def faulty(
+            params: object, grads: object, m: object, v: object, peaks: object,
+            counts: "list[torch.Tensor]", *others: object, **options: object,
+        ) -> None:  # fmt: skip
+            later = [count.double() + steps for count in counts]
+            original(params, grads, m, v, peaks, later, *others, **options)
+            for count in counts:
+                count.add_(1)
+
+        return faulty
+
+    return _torch_adam(make)
+
+
+def _torch_direction(formula: Function) -> Plant:
+    """Plants a divisor, a function of (second moments, correction, largest before or None)."""
+
+    def make(original: Function) -> Function:
+        def faulty(
+            params: "list[torch.Tensor]", grads: object, m: "list[torch.Tensor]",
+            v: "list[torch.Tensor]", peaks: "list[torch.Tensor]", counts: "list[torch.Tensor]",
+            *others: object, lr: float, weight_decay: float, **options: object,
+        ) -> None:  # fmt: skip
+            before, largest = [p.clone() for p in params], [peak.clone() for peak in peaks]
+            options |= {"lr": lr, "weight_decay": weight_decay}
+            original(params, grads, m, v, peaks, counts, *others, **options)
+            for i, p in enumerate(params):
+                first, second = (1 - beta ** float(counts[i]) for beta in _BETAS)
+                divisor, *peak = formula(v[i], second, *largest[i : i + 1])
+                p.copy_(before[i] * (1 - lr * weight_decay) - lr * (m[i] / first) / divisor)
+                for kept, new in zip(peaks[i : i + 1], peak, strict=True):
+                    kept.copy_(new)
+
+        return faulty
+
+    return _torch_adam(make)
+
+
+def _inside(v: "Array | torch.Tensor", correction: float) -> tuple[object]:
+    return ((v / correction + _EPS) ** 0.5,)
+
+
+def _coarse_log(hypers: _adam._Hypers) -> _adam._Hypers:
+    """Takes the correction's beta2 as float32 has it: 1 - beta2**t loses 4 of its 7 digits."""
+    log = jnp.log(jnp.asarray(_BETAS[1], jnp.float32))
+    return hypers._replace(second=hypers.second._replace(log=log))
+
+
+def _coarse(original: Function) -> Function:
+    def faulty(
+        hypers: _adam._Hypers, count: Array, g: Array, decays: bool, p: Array, *state: Array
+    ) -> tuple[Array, ...]:
+        given = _coarse_log(hypers) if p.dtype == jnp.float32 else hypers
+        return original(given, count, g, decays, p, *state)
+
+    return faulty
+
+
+def _torch_coarse(v: "torch.Tensor", correction: float) -> "tuple[torch.Tensor]":
+    if v.dtype.itemsize == 4:
+        steps = round(math.log1p(-correction) / math.log(_BETAS[1]))
+        correction = 1 - float(np.float32(_BETAS[1])) ** steps
+    return ((v / correction) ** 0.5 + _EPS,)
+
+
+def _low_moments(stepped: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Keeps what a float32 run remembers in bfloat16."""
+    update, *moments = stepped
+    if update.dtype != jnp.float32:
+        return stepped
+    return update, *(m.astype(jnp.bfloat16).astype(m.dtype) for m in moments)
+
+
+def _torch_low_moments(original: Function) -> Function:
+    def faulty(
+        params: object, grads: object, m: "list[torch.Tensor]", v: "list[torch.Tensor]",
+        *others: object, **options: object,
+    ) -> None:  # fmt: skip
+        original(params, grads, m, v, *others, **options)
+        for moment in (a for a in (*m, *v) if a.dtype.itemsize == 4):
+            moment.copy_(moment.bfloat16())
+
+    return faulty
+
+
+def _largest_corrected(v: Array, correction: Array, before: Array) -> tuple[Array, Array]:
+    peak = jnp.maximum(before, v / correction)
+    return peak**0.5 + _EPS, peak
+
+
+def _torch_largest_corrected(
+    v: "torch.Tensor", correction: float, before: "torch.Tensor"
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    peak = (v / correction).maximum(before)
+    return peak**0.5 + _EPS, peak
+
+
+_ADAM = [
+    Fault(
+        "L2 for decoupled decay", "decay does not pass through the moments", "adamw", "exp_avg",
+        _leaf(_l2),
+        _torch_adam_argument(decoupled_weight_decay=lambda _: False),
+    ),
+    Fault(
+        "decay behind the step", "decay comes first", "adamw", "update",
+        leaf_update(lambda u, p, rate, decay: u - rate * decay * (p + u)),
+        torch_update(lambda _, p, lr, decay: p * (1 - lr * decay), weight_decay=0.0),
+    ),
+    Fault(
+        "no bias correction", "moments are corrected", "adamw", "update",
+        _leaf_argument(count=lambda count: jnp.full_like(count, _FOREVER)),
+        _torch_corrected(_FOREVER),
+    ),
+    Fault(
+        "bias correction one step late", "the first step is step 1", "adamw", "update",
+        _leaf_argument(count=lambda count: count + 1),
+        _torch_corrected(1),
+    ),
+    Fault(
+        "update of the wrong sign", "the loss falls", "adamw", "update",
+        leaf_update(lambda u, p, rate, decay: -(u - rate * decay * p)),
+        torch_update(lambda old, p, *_: 2 * old - p),
+    ),
+    Fault(
+        "no update", "a step moves the parameters", "adamw", "update",
+        leaf_update(lambda u, *_: jnp.zeros_like(u)),
+        torch_update(lambda old, *_: old),
+    ),
+    Fault(
+        "Adam's eps inside the root", "eps is added to the root", "adamw", "update",
+        _leaf_direction(_inside),
+        _torch_direction(_inside),
+    ),
+    Fault(
+        "correction by float32's beta2", "1 - beta2**t does not cancel", "adamw, float32",
+        "update",
+        _leaf(_coarse),
+        _torch_direction(_torch_coarse),
+    ),
+    Fault(
+        "moments in bfloat16", "moments have the parameter's dtype", "adamw, float32", "exp_avg",
+        lambda: result(_adam, "_step_leaf", _low_moments),
+        _torch_adam(_torch_low_moments),
+    ),
+    Fault(
+        "beta2 0.9991 for 0.999", "beta2 has torch's value", "adamw", "exp_avg_sq",
+        _leaf_argument(hypers=lambda h: h._replace(second=_adam._decay_rate(0.9991))),
+        _torch_adam_argument(beta2=lambda _: 0.9991),
+    ),
+    Fault(
+        "largest corrected moment", "amsgrad's maximum is of uncorrected moments",
+        "adamw, amsgrad", "max_exp_avg_sq",
+        _leaf_direction(_largest_corrected),
+        _torch_direction(_torch_largest_corrected),
+    ),
+    Fault(
+        "bias decayed", "the mask exempts biases", "adamw, masked", "update 1",
+        _leaf_argument(decays=lambda _: True),
+        _torch_adam_argument(weight_decay=lambda _: cases.DECAY),
+    ),
+]  # fmt: skip
+
+
+def _each_alone(max_norm: float) -> optax.GradientTransformation:
+    """Clips every tensor by its own norm."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        norm = lambda g: jnp.sqrt(jnp.sum(jnp.square(g)))  # noqa: E731
+        scaled = lambda g: g * jnp.minimum(1.0, max_norm / (norm(g) + 1e-6))  # noqa: E731
+        return jax.tree.map(scaled, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _torch_clip(make: Function) -> Plant:
+    def plant() -> Planted:
+        import torch
+
+        return replaced(torch.nn.utils, "clip_grad_norm_", make)
+
+    return plant
+
+
+def _torch_clip_each(original: Function) -> Function:
+    def faulty(params: "list[torch.Tensor]", max_norm: float) -> None:
+        for parameter in params:
+            original([parameter], max_norm)
+
+    return faulty
+
+
+def _torch_by_value(params: "list[torch.Tensor]", value: float) -> None:
+    for parameter in params:
+        parameter.grad.clamp_(-value, value)
+
+
+def _torch_no_summand() -> Planted:
+    import torch
+
+    less = lambda norm: norm - 1e-6  # noqa: E731
+    return argument(torch.nn.utils.clip_grad, "_clip_grads_with_norm_", total_norm=less)
+
+
+def _torch_low_norm() -> Planted:
+    def norm(tensors: "list[torch.Tensor]", *_: object) -> "torch.Tensor":
+        return sum((t * t).sum() for t in tensors) ** 0.5
+
+    return replaced(import_module("torch.nn.utils.clip_grad"), "_get_total_norm", lambda _: norm)
+
+
+_CLIP = [
+    Fault(
+        "clip by value", "clipping keeps the direction", "clip by norm", "gradient",
+        lambda: replaced(optim, "clip_grad_norm", lambda _: optax.clip),
+        _torch_clip(lambda _: _torch_by_value),
+    ),
+    Fault(
+        "clip without 1e-6", "the norm is divided with 1e-6 added", "clip by norm", "gradient",
+        lambda: result(_clip, "_total_norm", lambda norm: norm - 1e-6),
+        _torch_no_summand,
+    ),
+    Fault(
+        "squares in float16", "the norm is computed in float32", "clip by norm, float16",
+        "gradient",
+        lambda: replaced(_clip, "widest", lambda _: jnp.result_type),
+        _torch_low_norm,
+    ),
+    Fault(
+        "each tensor clipped alone", "the norm is that of all gradients", "clip by norm",
+        "gradient",
+        lambda: replaced(optim, "clip_grad_norm", lambda _: _each_alone),
+        _torch_clip(_torch_clip_each),
+    ),
+]  # fmt: skip
+
+OPTIM = (*_ADAM, *_CLIP)

@@ -1,0 +1,204 @@
+"""What is random: cases judged by their law, and the faults that only a law shows.
+
+A comparison gives both sides the same weights and the same masks, and so cannot see them.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flaxstab import dropout, functional, initializers, linear
+from flaxstab.parity._evidence import Budget, Evidence
+from flaxstab.parity._selftest._cases import DROP
+from flaxstab.parity._selftest._plant import (
+    Fault,
+    Function,
+    Planted,
+    argument,
+    replaced,
+    result,
+    torch_functional,
+)
+from flaxstab.parity._statistics import HasCdf, HasMean, IsNormal
+
+if TYPE_CHECKING:
+    import torch
+
+_FANS = 256
+_STD = math.sqrt(2 / _FANS)
+_BOUND = 1 / math.sqrt(_FANS)
+_ONE_PERCENT = 0.01
+
+Draw = Callable[[int, int], np.ndarray]  # from how many samples are needed, and a seed
+
+
+class Law(NamedTuple):
+    """Two sides that draw from one law.
+
+    Attributes:
+      ours: draws on the JAX side.
+      theirs: draws on the PyTorch side.
+      claim: what the law is, and how small a discrepancy must be seen.
+    """
+
+    ours: Draw
+    theirs: Draw
+    claim: HasCdf | HasMean | IsNormal
+
+    def evidence(self, seed: int) -> dict[str, Evidence]:
+        """Returns what each side's draws say about the claim."""
+        import torch
+
+        found = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for side, draw in (("jax", self.ours), ("torch", self.theirs)):
+                budget = Budget()
+                found[side] = self.claim.check(
+                    draw(self.claim.samples_needed(budget), seed), budget
+                )
+        return found
+
+
+def _kaiming() -> Law:
+    def ours(n: int, seed: int) -> np.ndarray:
+        return np.asarray(
+            initializers.kaiming_normal()(jax.random.key(seed), (_FANS, -(-n // _FANS)))
+        )
+
+    def theirs(n: int, _: int) -> np.ndarray:
+        import torch
+
+        return torch.nn.init.kaiming_normal_(torch.empty(-(-n // _FANS), _FANS)).numpy()
+
+    return Law(ours, theirs, IsNormal(0.0, _STD, discrepancy=_ONE_PERCENT))
+
+
+def _weights() -> Law:
+    def ours(n: int, seed: int) -> np.ndarray:
+        return np.asarray(linear.Linear(_FANS, -(-n // _FANS), rngs=nnx.Rngs(seed)).kernel[...])
+
+    def theirs(n: int, _: int) -> np.ndarray:
+        import torch
+
+        return torch.nn.Linear(_FANS, -(-n // _FANS)).weight.detach().numpy()
+
+    def uniform(x: np.ndarray) -> np.ndarray:
+        return np.clip((x + _BOUND) / (2 * _BOUND), 0, 1)
+
+    return Law(ours, theirs, HasCdf(uniform, discrepancy=2 * _ONE_PERCENT))
+
+
+def _dropped(calls: int, statistic: Callable[..., np.ndarray], claim: HasMean) -> Law:
+    """Builds the case of a statistic of what dropout makes of ones in some calls."""
+
+    def ours(n: int, seed: int) -> np.ndarray:
+        layer = dropout.Dropout(DROP, rngs=nnx.Rngs(seed))
+        return statistic(*(np.asarray(layer(jnp.ones(n))) for _ in range(calls)))
+
+    def theirs(n: int, _: int) -> np.ndarray:
+        import torch
+
+        layer = torch.nn.Dropout(DROP)
+        return statistic(*(layer(torch.ones(n)).numpy() for _ in range(calls)))
+
+    return Law(ours, theirs, claim)
+
+
+def laws() -> dict[str, Callable[[], Law]]:
+    """Returns the cases of laws, each a function that builds its sides."""
+    same = DROP**2 + (1 - DROP) ** 2
+    most = float(np.float32(1 / (1 - DROP)))
+    return {
+        "kaiming_normal": _kaiming,
+        "weights of Linear": _weights,
+        "drop rate": lambda: _dropped(
+            1, lambda y: y == 0, HasMean(DROP, discrepancy=_ONE_PERCENT * DROP)
+        ),
+        "masks of two calls": lambda: _dropped(
+            2, lambda y, z: (y == 0) == (z == 0), HasMean(same, discrepancy=_ONE_PERCENT)
+        ),
+        "mean behind dropout": lambda: _dropped(
+            1, lambda y: y, HasMean(1.0, low=0.0, high=most, discrepancy=_ONE_PERCENT)
+        ),
+    }
+
+
+def _wider(make: Function) -> Function:
+    """Returns an initializer's maker whose draws are 1 % wider."""
+
+    def made() -> Function:
+        return lambda key, shape: make()(key, shape) * (1 + _ONE_PERCENT)
+
+    return made
+
+
+def _torch_wider() -> Planted:
+    import torch
+
+    grow = lambda tensor: tensor.mul_(1 + _ONE_PERCENT)  # noqa: E731
+    return result(torch.nn.init, "kaiming_normal_", grow)
+
+
+def _torch_centred() -> Planted:
+    import torch
+
+    def normal(tensor: "torch.Tensor", **_: float) -> "torch.Tensor":
+        with torch.no_grad():
+            return tensor.normal_(0.0, _BOUND / math.sqrt(3))
+
+    return replaced(torch.nn.init, "kaiming_uniform_", lambda _: normal)
+
+
+def _torch_dropout(make: Function) -> Planted:
+    import torch
+
+    return replaced(torch.nn.Dropout, "forward", make)
+
+
+def _torch_repeated(original: Function) -> Function:
+    def faulty(layer: "torch.nn.Dropout", x: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        torch.manual_seed(3)
+        return original(layer, x)
+
+    return faulty
+
+
+def _more(p: float) -> float:
+    return p * (1 + _ONE_PERCENT)
+
+
+LAWS = (
+    Fault(
+        "standard deviation 1 % off", "initializers have torch's law", "kaiming_normal", "law",
+        lambda: replaced(initializers, "kaiming_normal", _wider),
+        _torch_wider,
+    ),
+    Fault(
+        "normal for uniform", "weights start uniform", "weights of Linear", "law",
+        lambda: replaced(initializers, "_symmetric", lambda _: initializers._centred),
+        _torch_centred,
+    ),
+    Fault(
+        "drop rate 1 % off", "p is the probability of dropping", "drop rate", "law",
+        lambda: argument(functional, "dropout_mask", p=_more),
+        lambda: argument(torch_functional(), "dropout", p=_more),
+    ),
+    Fault(
+        "repeated mask", "every call draws a mask", "masks of two calls", "law",
+        lambda: replaced(dropout.Dropout, "_key", lambda _: lambda *_: jax.random.key(3)),
+        lambda: _torch_dropout(_torch_repeated),
+    ),
+    Fault(
+        "mean 1 % off behind dropout", "dropout keeps the mean", "mean behind dropout", "law",
+        lambda: result(functional, "dropout", lambda y: y * (1 - _ONE_PERCENT)),
+        lambda: result(torch_functional(), "dropout", lambda y: y * (1 - _ONE_PERCENT)),
+    ),
+)  # fmt: skip

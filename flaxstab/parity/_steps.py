@@ -1,0 +1,254 @@
+"""Whole training steps of a Flax model and its PyTorch twin, side by side."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flaxstab import interop
+from flaxstab._checks import check, check_positive
+from flaxstab._typing import Array, DTypeLike, PyTree
+from flaxstab.parity._flax_side import stored_as
+from flaxstab.parity._inputs import Layout, Values, channels_first, growth, is_float
+from flaxstab.parity._lockstep import STEPS, Batch, lockstep, updates
+from flaxstab.parity._models import Weights, carry
+from flaxstab.parity._optimizer_state import is_optional, jax_state, torch_state
+from flaxstab.parity._place import located
+from flaxstab.parity._precision import Precision
+from flaxstab.parity._program import NNXProgram
+from flaxstab.parity._replay import Draws, replayed
+from flaxstab.parity._report import Report, Tolerance, check_tolerances
+from flaxstab.parity._torch_side import (
+    Rename,
+    TorchSide,
+    at_precision,
+    numpy_of,
+    torch_dtype,
+    torch_tensor,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TrainStep(NamedTuple):
+    """A model, its optimizer and one training step, in either framework.
+
+    Attributes:
+      model: an ``nnx.Module`` or a ``torch.nn.Module``; it is copied, never changed.
+      optimizer: makes the optimizer of a model: ``lambda m: nnx.Optimizer(m, tx, wrt=nnx.Param)``
+        or ``lambda m: torch.optim.AdamW(m.parameters())``. For torch it may return a tuple that
+        holds the optimizer and, say, a learning-rate scheduler.
+      step: ``step(model, optimizer, *batch)`` does one whole step, with what ``optimizer``
+        returned, and returns the loss.
+    """
+
+    model: PyTree
+    optimizer: Callable[..., PyTree]
+    step: Callable[..., PyTree]
+
+
+def trajectory(
+    flax_side: TrainStep,
+    torch_side: TrainStep,
+    batches: Iterable[Sequence[np.ndarray]],
+    *,
+    steps: int,
+    layout: Layout = None,
+    weights: Weights = "torch",
+    rename: Rename | None = None,
+    dtypes: Sequence[DTypeLike] = (),
+    witness: TrainStep | None = None,
+    tolerances: Sequence[Tolerance] = (),
+) -> Report:
+    """Trains a pair of models side by side and compares every tensor after every step.
+
+    Loss, parameters, updates, buffers and optimizer state (``exp_avg``, ``momentum_buffer``,
+    step counts, ...). In float64 both sides must agree to 1e-10 of each tensor's size for as long
+    as training goes, in the first steps to 1e-12 per step. At ``dtypes``, JAX's side must stay
+    twice PyTorch's own distance from its float64 run plus one eps per step, or within what float64
+    runs show whose weights and inputs are moved by one eps and whose every operation is rounded
+    to that precision. Where such perturbed runs part by themselves, the verdict is ill-conditioned.
+
+    Args:
+      flax_side: model, optimizer and step.
+      torch_side: their counterparts.
+      batches: each a sequence of arrays, features last; they are repeated as often as needed.
+      steps: how many steps to train.
+      layout: see :func:`compare`.
+      weights: see :func:`compare`.
+      rename: see :func:`compare`.
+      dtypes: ``(float32,)`` or nothing.
+      witness: see :func:`compare`.
+      tolerances: see :func:`compare`.
+
+    Returns:
+      The report; ``report.departure`` names the first step and tensor that leave their bound.
+
+    Raises:
+      ValueError: as :func:`compare`; if there are no batches; for other dtypes.
+
+    Example:
+      >>> import numpy, optax, torch
+      >>> from flaxstab import linear
+      >>> def step(model, optimizer, x):
+      ...     loss, grads = nnx.value_and_grad(lambda m: (m(x) ** 2).mean())(model)
+      ...     optimizer.update(model, grads)
+      ...     return loss
+      >>> def torch_step(model, optimizer, x):
+      ...     optimizer.zero_grad()
+      ...     loss = (model(x) ** 2).mean()
+      ...     loss.backward()
+      ...     optimizer.step()
+      ...     return loss
+      >>> ours = TrainStep(
+      ...     linear.Linear(3, 2, rngs=nnx.Rngs(0)),
+      ...     lambda model: nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param),
+      ...     step,
+      ... )
+      >>> theirs = TrainStep(
+      ...     torch.nn.Linear(3, 2),
+      ...     lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+      ...     torch_step,
+      ... )
+      >>> trajectory(ours, theirs, [[numpy.eye(3)]], steps=20).passed
+      True
+    """
+    check_positive(steps=steps)
+    check_tolerances(tuple(tolerances))
+    kinds = [jnp.dtype(kind).name for kind in dtypes]
+    check(set(kinds) <= {"float32"}, "dtypes of training steps must be float32", dtypes=kinds)
+    known = [tuple(interop.to_numpy(a) for a in batch) for batch in batches]
+    check(len(known) > 0, "batches must hold at least one batch", batches=[])
+    ours = _FlaxStep(flax_side)
+    theirs, other = _TorchStep(torch_side, ours, layout, rename), None
+    theirs.optional |= {f"buffer {n}" for n in carry(ours.program, theirs.side, weights)}
+    if witness is not None:
+        other = _TorchStep(witness, ours, layout, rename)
+        other.side.load(theirs.side.tensors())
+    return lockstep(
+        ours,
+        theirs,
+        islice(cycle(known), steps),
+        dtypes=dtypes,
+        tolerances=tuple(tolerances),
+        witness=other,
+    )
+
+
+def ten_batches(batch: Batch) -> list[Batch]:
+    """Returns batches of one meaning whose floating-point values grow from step to step."""
+    return [tuple(a * growth(step) if is_float(a) else a for a in batch) for step in range(STEPS)]
+
+
+class _FlaxStep:
+    """JAX's training step as a pure function of everything that it changes."""
+
+    def __init__(self, side: TrainStep) -> None:
+        check(
+            isinstance(side.model, nnx.Module),
+            "flax_side.model must be an nnx.Module",
+            model=type(side.model).__name__,
+        )
+        self.program = NNXProgram(side.model)
+        self._side = side
+        self._graph: PyTree = None
+
+    def start(self, precision: Precision) -> PyTree:
+        model = nnx.clone(self.program.module)
+        nnx.update(model, stored_as(nnx.state(model), precision))
+        optimizer = self._side.optimizer(model)
+        self._graph, state = nnx.split((model, optimizer))
+        return state
+
+    def advance(self, state: PyTree, batch: list[Array]) -> tuple[Mapping[str, Array], PyTree]:
+        model, optimizer = nnx.merge(self._graph, state, copy=True)
+        loss = self._side.step(model, optimizer, *batch)
+        return {"loss": loss}, nnx.state((model, optimizer))
+
+    def model(self, state: PyTree) -> nnx.Module:
+        """Returns the model of a state."""
+        return nnx.merge(self._graph, state, copy=True)[0]
+
+    def named(self, state: PyTree) -> Values:
+        model, optimizer = nnx.merge(self._graph, state, copy=True)
+        named = self.program.named
+        found: dict[str, PyTree] = {
+            f"param {n}": a for n, a in named(nnx.state(model, nnx.Param)).items()
+        }
+        found |= {f"buffer {n}": a for n, a in named(nnx.state(model, nnx.Not(nnx.Param))).items()}
+        return found | jax_state(nnx.as_pure(optimizer.opt_state), named)
+
+
+class _TorchStep:
+    """PyTorch's training step."""
+
+    def __init__(
+        self, side: TrainStep, twin: _FlaxStep, layout: Layout, rename: Rename | None
+    ) -> None:
+        self.side = TorchSide(side.model, rename)
+        check(
+            self.side.module is not None,
+            "torch_side.model must be a torch.nn.Module",
+            model=type(side.model).__name__,
+        )
+        self._given, self._twin, self._layout = side, twin, layout
+        self.optional: set[str] = set()
+        self.draws = Draws()
+
+    def start(self, precision: Precision) -> Callable[[Batch, PyTree], Values]:
+        model = at_precision(self.side.module, precision)
+        made = self._given.optimizer(model)
+        optimizer = _optimizer(made)
+        names = {p: self.side.rename(n) for n, p in model.named_parameters()}
+        kind = torch_dtype(precision.compute)
+
+        def copied() -> dict[str, np.ndarray]:
+            return {f"param {n}": numpy_of(p).copy() for p, n in names.items()}
+
+        exact = precision.compute == np.float64
+        draws = self.draws if exact else Draws()  # a lower precision draws the same masks again
+
+        def step(batch: Batch, state: PyTree) -> Values:
+            tensors = [torch_tensor(channels_first(a, self._layout)) for a in batch]
+            tensors = [t.to(kind) if t.is_floating_point() else t for t in tensors]
+            before = copied()
+            with (
+                jax.enable_x64(exact),  # as the run whose draws it takes
+                replayed(self._twin.model(state), model, self._layout, draws),
+                located("PyTorch", self.side.names(), batch),
+            ):
+                loss = self._given.step(model, made, *tensors)
+            found = copied()
+            moments = torch_state(optimizer, names)
+            self.optional |= {name for name in moments if is_optional(name)}
+            buffers = {
+                f"buffer {self.side.rename(n)}": numpy_of(b).copy()
+                for n, b in model.named_buffers()
+            }
+            return {"loss": _number(loss)} | found | updates(before, found) | buffers | moments
+
+        return step
+
+
+def _optimizer(made: object) -> "torch.optim.Optimizer":
+    import torch
+
+    parts = made if isinstance(made, tuple) else (made,)
+    found = [part for part in parts if isinstance(part, torch.optim.Optimizer)]
+    check(
+        len(found) == 1,
+        "torch_side.optimizer must make one torch.optim.Optimizer, alone or in a tuple",
+        made=type(made).__name__,
+    )
+    return found[0]
+
+
+def _number(loss: object) -> np.ndarray:
+    import torch
+
+    return numpy_of(torch.as_tensor(loss)).copy()
