@@ -17,7 +17,7 @@ def block(marker: str) -> str:
 
 
 def test_the_example_works_when_pasted() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     names: dict[str, object] = {}
     exec(code, names)  # noqa: S102

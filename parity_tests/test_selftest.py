@@ -9,8 +9,6 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
-import torch
-from flax import nnx
 
 from flaxstab import functional
 from flaxstab.parity import _selftest
@@ -36,6 +34,8 @@ def test_every_planted_fault_is_found_and_sound_code_passes() -> None:
     assert len(table.outcomes) == len(ALL)
     assert {case.case for case in table.clean} == set(cases())
     assert {outcome.side for outcome in table.outcomes} == {"jax", "torch"}
+    # The bounds are as tight as they must be: ten times wider ones would miss faults.
+    assert min(outcome.excess for outcome in table.required) < 10
     # A limit that is seen is none: it belongs among the faults.
     assert [o.fault.name for o in table.outcomes if o.fault.limit and o.kinds] == []
 
@@ -49,23 +49,18 @@ def test_every_kind_of_check_is_needed_for_some_fault() -> None:
 def test_faults_have_names_of_their_own_and_a_case() -> None:
     assert len({fault.name for fault in ALL}) == len(ALL)
     assert {fault.case for fault in ALL} == set(cases())
-    assert [fault.name for fault in ALL if len(fault.plants) < 2] == []
+    one_side = [fault.name for fault in ALL if len(fault.plants) < 2]
+    assert one_side == ["input changed in place"]  # JAX's arrays cannot be
 
 
 def _owners() -> list[object]:
     """Returns every module and class that something is planted in."""
     names = [n for n in sys.modules if n.startswith("flaxstab.") and "_selftest" not in n]
-    modules: list[object] = [sys.modules[name] for name in names]
-    modules += [import_module("flaxstab.parity._selftest._cases_training"), jax.nn]
-    modules += [import_module("torch_ref.functional"), import_module("torch.optim.adam")]
-    modules += [torch.nn.functional, torch.nn.init, torch.nn.utils]
-    modules += [import_module("torch.nn.utils.clip_grad"), import_module("torch.optim")]
-    modules += [
-        import_module("torch.nn.modules.batchnorm"),
-        torch.nn,
-        nnx,
-        torch.optim.lr_scheduler,
-    ]
+    names += ["flaxstab.parity._selftest._cases_training", "torch_ref.functional"]
+    names += ["jax.nn", "flax.nnx", "optax", "torch.nn", "torch.nn.functional", "torch.nn.init"]
+    names += ["torch.nn.modules.batchnorm", "torch.nn.utils", "torch.nn.utils.clip_grad"]
+    names += ["torch.optim", "torch.optim.adam", "torch.optim.lr_scheduler"]
+    modules = [import_module(name) for name in names]
     classes = [c for m in modules for c in vars(m).values() if isinstance(c, type)]
     return [*modules, *dict.fromkeys(classes)]
 
@@ -85,10 +80,10 @@ def _changed(before: dict[tuple[int, str], object]) -> int:
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_a_plant_changes_one_function_and_is_undone(plant: Plant) -> None:
+def test_a_plant_changes_a_function_and_is_undone(plant: Plant) -> None:
     before = _functions()
     with plant():
-        assert _changed(before) == 1
+        assert _changed(before) in (1, 2)  # one fault takes two
     assert _changed(before) == 0
     with pytest.raises(RuntimeError, match="stop"), plant():
         raise RuntimeError("stop")

@@ -48,17 +48,15 @@ class FlaxSide:
             params, rest = self._variables(precision)
             return self._quantities(self._plain, fed, precision.compute, params, rest)
 
-    def magnitudes(self, fed: Inputs, plain: Values) -> dict[str, float]:
+    def magnitudes(self, fed: Inputs, plain: Values, precision: Precision) -> dict[str, float]:
         """Returns the magnitude of every quantity of a float64 run."""
-        return sizes(plain, [self._moved(self._rounded, fed, i) for i in range(DRAWS)])
+        return sizes(plain, [self._moved(self._rounded, fed, i, precision) for i in range(DRAWS)])
 
     def sensitivities(self, fed: Inputs, plain: Values, precision: Precision) -> dict[str, float]:
         """Returns the sensitivity of every quantity of a float64 run."""
         return sizes(plain, [self._moved(self._plain, fed, i, precision) for i in range(DRAWS)])
 
-    def _moved(
-        self, compiled: _Compiled, fed: Inputs, seed: int, precision: Precision = EXACT
-    ) -> Values:
+    def _moved(self, compiled: _Compiled, fed: Inputs, seed: int, precision: Precision) -> Values:
         with jax.enable_x64(True):
             params, rest = self._variables(precision)
             floats = [a for a in fed.arrays if is_float(a)]

@@ -1,7 +1,7 @@
 """Compares two models or functions: semantics in float64, numerics against it."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flaxstab.parity._flax_side import FlaxSide
 from flaxstab.parity._inputs import Inputs, Layout, Values, is_float
 from flaxstab.parity._precision import Precision
 from flaxstab.parity._program import NNXProgram, Program, program
+from flaxstab.parity._replay import check_silent
 from flaxstab.parity._report import Report, Tolerance, factor_of
 from flaxstab.parity._torch_side import Rename, TorchSide
 from flaxstab.parity._verdict import (
@@ -73,6 +74,8 @@ class Pair:
             self._witness.load(self._torch.tensors() if self._witness.module is not None else {})
         made = self._program
         self._drawing = made.module if isinstance(made, NNXProgram) else None
+        if self._drawing is None and self._torch.module is not None:
+            check_silent(self._torch.module)
 
     def judge(
         self,
@@ -86,9 +89,14 @@ class Pair:
         rng = np.random.default_rng(seed)
         cotangents = {name: rng.normal(size=shape) for name, shape in self._shapes.items()}
         fed = Inputs(tuple(inputs), cotangents, self._layout)
-        findings = self._semantics(fed, tolerances)
-        for dtype in dtypes:
-            findings += self._numerics(fed, dtype, tolerances)
+        kinds = [jnp.dtype(kind) for kind in dtypes]
+        # Where float32 is judged, float64 starts from the same rounded numbers and serves both.
+        stored = np.float32 if np.dtype(np.float32) in kinds else np.float64
+        exact = self._exact(fed, stored)
+        findings = self._semantics(exact, tolerances)
+        for kind in kinds:
+            oracle = exact if kind == stored else self._exact(fed, kind)
+            findings += self._numerics(fed, oracle, kind, tolerances)
         notes = [f"{name} (the Flax layer does without)" for name in self._ignored]
         if dtypes and self._drawing is not None and _has_stock_dropout(self._drawing):
             notes.append(
@@ -96,10 +104,16 @@ class Pair:
             )
         return Report(tuple(findings), tuple(notes), tolerances)
 
-    def _semantics(self, fed: Inputs, tolerances: tuple[Tolerance, ...]) -> list[Finding]:
-        ours, theirs = self._flax.run(fed), self._torch.run(fed, flax=self._drawing)
+    def _exact(self, fed: Inputs, stored: DTypeLike) -> "_Exact":
+        """Runs both sides in float64 on numbers rounded to a dtype."""
+        fed, precision = fed.rounded(stored), Precision(np.float64, stored)
+        theirs = self._torch.run(fed, precision, self._drawing)
         repeated = repeated_draws(self._torch.draws.repeated)
-        magnitudes = self._flax.magnitudes(fed, ours)
+        return _Exact(fed, precision, self._flax.run(fed, precision), theirs, repeated)
+
+    def _semantics(self, exact: "_Exact", tolerances: tuple[Tolerance, ...]) -> list[Finding]:
+        ours, theirs = exact.ours, exact.theirs
+        magnitudes = self._flax.magnitudes(exact.fed, ours, exact.precision)
         findings = [
             judge_semantics(n, a, theirs[n], magnitudes[n], factor_of(n, tolerances))
             for n, a in ours.items()
@@ -108,8 +122,8 @@ class Pair:
         findings += [differ(n, "float64", "only PyTorch has it") for n in self._only(theirs, ours)]
         findings += [differ(n, "float64", "only Flax has it") for n in self._only(ours, theirs)]
         if not all(f.passed for f in findings):
-            findings = self._attributed(findings, fed, ours, theirs, magnitudes)
-        return findings + repeated
+            findings = self._attributed(findings, exact, magnitudes)
+        return findings + exact.repeated
 
     def _only(self, one: Values, other: Values) -> list[str]:
         without = tuple(f" {name}" for name in self._ignored)
@@ -118,20 +132,21 @@ class Pair:
     def _attributed(
         self,
         findings: list[Finding],
-        fed: Inputs,
-        ours: Values,
-        theirs: Values,
+        exact: "_Exact",
         magnitudes: dict[str, float],
     ) -> list[Finding]:
         """Names the side at fault, by the witness or, for a gradient, by the outputs' slope."""
-        third = {} if self._witness is None else self._witness.run(fed, flax=self._drawing)
+        third: Values = {}
+        if self._witness is not None:
+            third = self._witness.run(exact.fed, exact.precision, self._drawing)
+        ours, theirs = exact.ours, exact.theirs
         same_outputs = all(f.passed for f in findings if f.name.startswith("output"))
 
         def side(name: str) -> Side:
             if name in third and name in ours and name in theirs:
                 return _outvoted(ours[name], theirs[name], third[name], magnitudes[name])
             if name.startswith("grad ") and same_outputs and name in ours and name in theirs:
-                return self._off_slope(fed, name, ours[name], theirs[name])
+                return self._off_slope(exact.fed, name, ours[name], theirs[name])
             return ""
 
         return [f if f.passed else f._replace(side=side(f.name)) for f in findings]
@@ -147,33 +162,34 @@ class Pair:
         return "jax" if errors[0] > errors[1] else "torch"
 
     def _numerics(
-        self, fed: Inputs, dtype: DTypeLike, tolerances: tuple[Tolerance, ...]
+        self, fed: Inputs, exact: "_Exact", dtype: DTypeLike, tolerances: tuple[Tolerance, ...]
     ) -> list[Finding]:
-        findings = self._numerics_once(fed, dtype, tolerances)
+        findings = self._numerics_once(exact, dtype, tolerances)
         for seed in range(_REDRAWS):
             suspects = [f.name for f in findings if f.side]
             if not suspects:
                 break
-            again = self._numerics_once(fed.redrawn(seed), dtype, tolerances)
+            other = self._exact(fed.redrawn(seed), dtype)
+            again = self._numerics_once(other, dtype, tolerances)
             verdicts = {f.name: f.verdict for f in again}
             findings = [
                 f if not f.side or verdicts[f.name] is f.verdict else _by_chance(f)
                 for f in findings
             ]
         if any(f.side == "jax" for f in findings):
-            findings = self._without_fast_matmul(findings, fed, dtype, tolerances)
+            findings = self._without_fast_matmul(findings, exact, dtype, tolerances)
         return findings
 
     def _without_fast_matmul(
         self,
         findings: list[Finding],
-        fed: Inputs,
+        exact: "_Exact",
         dtype: DTypeLike,
         tolerances: tuple[Tolerance, ...],
     ) -> list[Finding]:
         """Recognises JAX's default matmul precision, which is no fault of the program."""
         with jax.default_matmul_precision("highest"):
-            again = {f.name: f for f in self._numerics_once(fed, dtype, tolerances)}
+            again = {f.name: f for f in self._numerics_once(exact, dtype, tolerances)}
         words = (
             "agrees with jax.default_matmul_precision('highest'); at the precision that is set, "
             "matrix products (TF32 or bfloat16) are less exact than PyTorch's"
@@ -186,18 +202,15 @@ class Pair:
         ]
 
     def _numerics_once(
-        self, fed: Inputs, dtype: DTypeLike, tolerances: tuple[Tolerance, ...]
+        self, exact: "_Exact", dtype: DTypeLike, tolerances: tuple[Tolerance, ...]
     ) -> list[Finding]:
-        fed = fed.rounded(dtype)
-        exact, low = Precision(np.float64, dtype), Precision(dtype, dtype)
-        # Each side is held to its own float64 result: what its program means is judged already.
-        exact_ours = self._flax.run(fed, exact)
-        exact_theirs = self._torch.run(fed, exact, self._drawing)
+        fed, low = exact.fed, Precision(dtype, dtype)
         ours, theirs = self._flax.run(fed, low), self._torch.run(fed, low, self._drawing)
-        sensitivities = self._flax.sensitivities(fed, exact_ours, exact)
+        sensitivities = self._flax.sensitivities(fed, exact.ours, exact.precision)
         kind, findings = jnp.dtype(dtype), []
-        for name in (n for n in ours if n in theirs and is_float(exact_ours[n])):
-            sides, oracles = (ours[name], theirs[name]), (exact_ours[name], exact_theirs[name])
+        for name in (n for n in ours if n in theirs and is_float(exact.ours[n])):
+            # Each side is held to its own float64 result: what programs mean is judged already.
+            sides, oracles = (ours[name], theirs[name]), (exact.ours[name], exact.theirs[name])
             if name.startswith(_PASSED_ON) and sides[0].dtype != sides[1].dtype:
                 words = f"the dtypes differ: {sides[0].dtype} and {sides[1].dtype}"
                 findings.append(differ(name, kind.name, words, _of_other_dtype(*sides, kind)))
@@ -207,6 +220,16 @@ class Pair:
                     judge_numerics(name, *sides, oracles, sensitivities[name], kind, factor)
                 )
         return findings
+
+
+class _Exact(NamedTuple):
+    """Both sides' float64 results: compared for meaning, and the oracles of lower precisions."""
+
+    fed: Inputs
+    precision: Precision
+    ours: Values
+    theirs: Values
+    repeated: list[Finding]
 
 
 def carry(flax: Program, torch_side: TorchSide, weights: Weights) -> tuple[str, ...]:

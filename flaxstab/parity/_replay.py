@@ -152,6 +152,22 @@ def _check_dropout(
         )
 
 
+def check_silent(torch_model: "torch.nn.Module") -> None:
+    """Refuses dropout whose draws nobody can replay: the other side is no NNX module.
+
+    Raises:
+      ValueError: if a torch dropout layer drops anything.
+    """
+    import torch
+
+    for name, module in torch_model.named_modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError(
+                "dropout is replayed for NNX modules only, got a Linen module or a function beside "
+                f"{name!r}: {module}. Set the probability to 0 on both sides."
+            )
+
+
 def _hook(
     name: str, layer: nnx.Module, layout: Layout, draws: Draws
 ) -> Callable[..., "torch.Tensor"]:

@@ -113,7 +113,8 @@ class Report(NamedTuple):
         if self.departure is not None:
             first = self.departure
             lines.append(f"  first apart: {first.name} after step {first.step}, in {first.dtype}")
-        grave = [f for f in self.findings if _GRAVITY.index(f.verdict) < 3]
+        worse = [f for f in self.findings if f.verdict is Verdict.TORCH_WORSE]
+        grave = [f for f in self.findings if not f.passed] or worse
         grave = [f for f in grave if not _follows(f, grave)]
         shown = sorted(grave, key=lambda f: (f.dtype != "float64", f.passed)) or [self.worst]
         lines += [_line(f) for f in shown[:_SHOWN]]

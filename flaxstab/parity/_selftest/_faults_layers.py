@@ -50,6 +50,20 @@ def _torch_linear(formula: Function) -> Plant:
     return plant
 
 
+def _torch_in_place() -> Planted:
+    import torch
+
+    def make(original: Function) -> Function:
+        def faulty(layer: "torch.nn.Linear", x: "torch.Tensor") -> "torch.Tensor":
+            y = original(layer, x)
+            x.data.mul_(1.5)
+            return y
+
+        return faulty
+
+    return replaced(torch.nn.Linear, "forward", make)
+
+
 def _torch_padded(before: int, after: int) -> Plant:
     """Plants the convolution of an image padded unevenly, at the layer's stride."""
 
@@ -94,6 +108,11 @@ _AFFINE = [
         "1e-9 too large", "float64 agrees to 1e-12", "linear", "output",
         lambda: result(functional, "linear", lambda y: y * (1 + 1e-9)),
         _torch_linear(lambda layer, x: (x @ layer.weight.T + layer.bias) * (1 + 1e-9)),
+    ),
+    Fault(
+        "input changed in place", "an input is left as it is", "linear", "evaluation",
+        None,  # JAX's arrays do not change
+        _torch_in_place,
     ),
     Fault(
         "flipped kernel", "a convolution is a correlation", "conv", "output",

@@ -1,6 +1,8 @@
 """Faults of AdamW and of clipping."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -184,6 +186,29 @@ def _torch_coarse(v: "torch.Tensor", correction: float) -> "tuple[torch.Tensor]"
     return ((v / correction) ** 0.5 + _EPS,)
 
 
+@contextmanager
+def _twice_counted() -> Iterator[None]:
+    """Counts two for each step, and corrects by half the count."""
+    with (
+        result(optax, "safe_increment", lambda count: count + 1),
+        argument(_adam, "_step_leaf", count=lambda count: count // 2),
+    ):
+        yield
+
+
+def _torch_twice_counted(original: Function) -> Function:
+    def faulty(
+        params: object, grads: object, m: object, v: object, peaks: object,
+        counts: "list[torch.Tensor]", *others: object, **options: object,
+    ) -> None:  # fmt: skip
+        steps = [count / 2 for count in counts]
+        original(params, grads, m, v, peaks, steps, *others, **options)
+        for count in counts:
+            count.add_(2)
+
+    return faulty
+
+
 def _low_moments(stepped: tuple[Array, ...]) -> tuple[Array, ...]:
     """Keeps what a float32 run remembers in bfloat16."""
     update, *moments = stepped
@@ -251,6 +276,16 @@ _ADAM = [
         "Adam's eps inside the root", "eps is added to the root", "adamw", "update",
         _leaf_direction(_inside),
         _torch_direction(_inside),
+    ),
+    Fault(
+        "Adam's eps 1.1e-8", "eps has torch's value", "adamw", "update",
+        _leaf_argument(hypers=lambda h: h._replace(eps=1.1 * h.eps)),
+        _torch_adam_argument(eps=lambda eps: 1.1 * eps),
+    ),
+    Fault(
+        "steps counted twice", "the state counts steps", "adamw", "step",
+        _twice_counted,
+        _torch_adam(_torch_twice_counted),
     ),
     Fault(
         "correction by float32's beta2", "1 - beta2**t does not cancel", "adamw, float32",
