@@ -219,3 +219,11 @@ def test_gelu_is_as_precise_as_torchs() -> None:
         functional.gelu, F.gelu, np.linspace(-6, 6, 101), dtypes=(np.float32, jnp.bfloat16)
     )
     assert report.passed, str(report)
+
+
+def test_known_labels_may_stand_in_a_jitted_function() -> None:
+    logits, labels = jnp.asarray(values(4, 3)), jnp.array([0, 2, -100, 1])
+    loss = jax.jit(lambda x: functional.cross_entropy(x, labels))(logits)
+    assert float(loss) == float(jax.jit(functional.cross_entropy)(logits, labels))
+    with pytest.raises(ValueError, match="labels must lie in"):
+        jax.jit(lambda x: functional.cross_entropy(x, labels + 1))(logits)

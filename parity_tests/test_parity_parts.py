@@ -11,7 +11,7 @@ import pytest
 import torch
 from flax import nnx
 
-from flaxstab import dropout, linear, norms, optim, parity
+from flaxstab import linear, norms, optim, parity
 from flaxstab.parity import Verdict
 from flaxstab.parity._magnitude import UNIT
 from flaxstab.parity._verdict import SEMANTICS, judge_numerics, judge_semantics
@@ -305,90 +305,6 @@ def test_adam_distance_wants_one_adam_state() -> None:
     ours, _, theirs, optimizer = _stepped(amsgrad=False)
     with pytest.raises(ValueError, match="state must hold one Adam state, got 0"):
         parity.adam_distance(ours, optax.EmptyState(), theirs, optimizer)
-
-
-class Dropping(nnx.Module):
-    def __init__(self, p: float = 0.4) -> None:
-        self.drop = dropout.Dropout(p, rngs=nnx.Rngs(dropout=3))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.drop(self.drop(x))
-
-
-class TorchDropping(torch.nn.Module):
-    def __init__(self, p: float = 0.4) -> None:
-        super().__init__()
-        self.drop = torch.nn.Dropout(p)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.drop(x))
-
-
-@pytest.mark.parametrize("layout", ["image", None])
-@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
-def test_replayed_drops_the_same_elements_in_every_call(layout: str, p: float) -> None:
-    ours, theirs = Dropping(p), TorchDropping(p)
-    x = values(2, 5, 6, 3)
-    given = np.moveaxis(x, -1, 1).copy() if layout else x
-    with jax.enable_x64(True):
-        for _ in range(2):  # two steps: the streams of a step begin where the last one ended
-            with parity.replayed(ours, theirs, layout):
-                replayed = theirs(torch.tensor(given)).numpy()
-            found = np.asarray(ours(jnp.asarray(x)))
-            torchs = np.moveaxis(replayed, 1, -1) if layout else replayed
-            size = float(np.max(np.abs(found), initial=0))
-            assert judge_semantics("output", found, torchs, size).passed
-            assert (found == 0).any() == (p > 0)
-
-
-def test_replayed_reads_the_streams_and_leaves_nothing_behind() -> None:
-    ours, theirs = Dropping(), TorchDropping()
-    before = int(ours.drop.rngs.count[...])
-    with parity.replayed(ours, theirs):
-        theirs(torch.ones(4, 4))
-        theirs.eval()
-        assert torch.equal(theirs(torch.ones(4, 4)), torch.ones(4, 4))
-        theirs.train()
-    assert int(ours.drop.rngs.count[...]) == before
-    torch.manual_seed(0)
-    first = theirs(torch.ones(50))
-    assert not torch.equal(first, theirs(torch.ones(50)))
-    assert not theirs.drop._forward_hooks
-
-
-@pytest.mark.parametrize(
-    ("theirs", "name"),
-    [
-        (lambda: TorchDropping(0.5), "drop"),
-        (lambda: torch.nn.Sequential(torch.nn.Dropout(0.4)), "0"),
-    ],
-)
-def test_replayed_names_a_layer_without_counterpart(theirs: object, name: str) -> None:
-    model = theirs()
-    p = next(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
-    with (
-        pytest.raises(ValueError, match=f"got '{name}': .*p={p}"),
-        parity.replayed(Dropping(), model),
-    ):
-        pass
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [torch.nn.Dropout(0.3, inplace=True), torch.nn.Dropout1d(0.3), torch.nn.AlphaDropout(0.3)],
-)
-def test_dropout_that_cannot_be_replayed_is_refused(layer: torch.nn.Module) -> None:
-    class Ours(nnx.Module):
-        def __init__(self) -> None:
-            self.drop = dropout.Dropout(0.3, rngs=nnx.Rngs(0))
-
-    theirs = torch.nn.Module()
-    theirs.drop = layer
-    with (
-        pytest.raises(ValueError, match=r"must be a torch\.nn\.Dropout, not in place"),
-        parity.replayed(Ours(), theirs),
-    ):
-        pass
 
 
 def test_small_tensors_count_as_large_as_the_floor() -> None:

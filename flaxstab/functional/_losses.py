@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxstab._checks import check
 from flaxstab._dtypes import aligned, widest
@@ -106,8 +107,9 @@ def _hard(
     kept = labels != ignore_index
     in_range = (labels >= 0) & (labels < classes)
     if not isinstance(labels, jax.core.Tracer):
+        known = np.asarray(labels)  # not in JAX, which would trace it under jit
         check(
-            bool(jnp.all(in_range | ~kept)),
+            bool(np.all(((known >= 0) & (known < classes)) | (known == ignore_index))),
             "labels must lie in [0, classes) or equal ignore_index",
             classes=classes,
             ignore_index=ignore_index,

@@ -18,7 +18,7 @@ from flaxstab.parity._program import Program
 class _Compiled(NamedTuple):
     gradients: Callable[..., tuple[PyTree, ...]]
     step: Callable[..., PyTree]
-    evaluate: Callable[..., Mapping[str, Array]]
+    evaluate: Callable[..., tuple[Mapping[str, Array], PyTree]]
 
 
 class FlaxSide:
@@ -94,7 +94,8 @@ class FlaxSide:
                     rest = compiled.step(params, rest, grown)
                 if step in STEPS:
                     found |= {f"step {step} {n}": a for n, a in named.named(rest).items()}
-            evaluated = compiled.evaluate(params, rest, inputs)
+            evaluated, rest = compiled.evaluate(params, rest, inputs)
+            found |= {f"evaluation leaves {n}": a for n, a in named.named(rest).items()}
         found |= {n.replace("output", "evaluation", 1): a for n, a in evaluated.items()}
         return {name: np.asarray(a) for name, a in found.items()}
 
@@ -136,8 +137,11 @@ def _compiled(program: Program, transform: Callable[..., Callable[..., object]])
     def step(params: PyTree, rest: PyTree, inputs: list[Array]) -> PyTree:
         return program.train(params, rest, inputs)[1]
 
-    def evaluate(params: PyTree, rest: PyTree, inputs: list[Array]) -> Mapping[str, object]:
-        return named_leaves("output", program.evaluate(params, rest, inputs))
+    def evaluate(
+        params: PyTree, rest: PyTree, inputs: list[Array]
+    ) -> tuple[Mapping[str, object], PyTree]:
+        output, after = program.evaluate(params, rest, inputs)
+        return named_leaves("output", output), after
 
     return _Compiled(*(jax.jit(transform(f)) for f in (gradients, step, evaluate)))
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from flaxstab._typing import DTypeLike
 from flaxstab.parity._flax_side import FlaxSide
-from flaxstab.parity._inputs import Inputs, Layout, Values, is_float
+from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest
 from flaxstab.parity._precision import Precision
 from flaxstab.parity._program import NNXProgram, Program, program
 from flaxstab.parity._replay import check_silent
@@ -144,7 +144,9 @@ class Pair:
 
         def side(name: str) -> Side:
             if name in third and name in ours and name in theirs:
-                return _outvoted(ours[name], theirs[name], third[name], magnitudes[name])
+                # Of a result that a fault made constant, JAX's magnitude is 0.
+                size = max(magnitudes[name], largest(third[name]))
+                return _outvoted(ours[name], theirs[name], third[name], size)
             if name.startswith("grad ") and same_outputs and name in ours and name in theirs:
                 return self._off_slope(exact.fed, name, ours[name], theirs[name])
             return ""

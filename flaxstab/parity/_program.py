@@ -25,8 +25,8 @@ class Program(Protocol):
     def train(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
         """Returns the output in training mode and the other variables after it."""
 
-    def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> object:
-        """Returns the output in evaluation mode."""
+    def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
+        """Returns the output in evaluation mode and the other variables after it."""
 
     def load(self, tensors: Values) -> tuple[str, ...]:
         """Takes PyTorch's tensors; returns the names of those that it does without."""
@@ -73,9 +73,8 @@ class FunctionProgram:
         del params
         return self._function(*inputs), rest
 
-    def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> object:
-        del params, rest
-        return self._function(*inputs)
+    def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
+        return self.train(params, rest, inputs)
 
     def load(self, tensors: Values) -> tuple[str, ...]:
         if tensors:
@@ -116,8 +115,9 @@ class NNXProgram:
         model = nnx.merge(self._training, params, rest, copy=True)
         return model(*inputs), nnx.state(model, nnx.Not(nnx.Param))
 
-    def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> object:
-        return nnx.merge(self._evaluating, params, rest, copy=True)(*inputs)
+    def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
+        model = nnx.merge(self._evaluating, params, rest, copy=True)
+        return model(*inputs), nnx.state(model, nnx.Not(nnx.Param))
 
     def load(self, tensors: Values) -> tuple[str, ...]:
         report = interop.load_state_dict(self.module, tensors, strict=False)
@@ -168,9 +168,9 @@ class LinenProgram:
         )
         return output, {**rest, **changed}
 
-    def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> object:
-        variables = {**params, **rest}
-        return self._linen.module.apply(variables, *inputs, **self._linen.evaluation)
+    def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
+        variables = {**params, **rest}  # which apply does not change, as nothing is mutable
+        return self._linen.module.apply(variables, *inputs, **self._linen.evaluation), rest
 
     def load(self, tensors: Values) -> tuple[str, ...]:
         loaded = interop.load_linen_state_dict(self._places, self._variables, tensors)

@@ -251,4 +251,4 @@ def _optimizer(made: object) -> "torch.optim.Optimizer":
 def _number(loss: object) -> np.ndarray:
     import torch
 
-    return numpy_of(torch.as_tensor(loss)).copy()
+    return numpy_of(loss).copy() if isinstance(loss, torch.Tensor) else np.asarray(loss)

@@ -202,7 +202,9 @@ class TorchSide:
                         for n, b in module.named_buffers()
                     }
             module.eval()
-            return found, self._call(module, tensors, fed)
+            evaluated = self._call(module, tensors, fed)
+        left = {f"evaluation leaves {self.rename(n)}": b for n, b in module.named_buffers()}
+        return found | {n: numpy_of(b) for n, b in left.items()}, evaluated
 
     def slope(
         self, fed: Inputs, name: str, direction: np.ndarray, flax: nnx.Module | None = None

@@ -133,7 +133,41 @@ def _torch_stale(**changes: Function) -> Plant:
     return _torch_argument("batch_norm", running_mean=clone, running_var=clone, **changes)
 
 
+def _moving(original: Function) -> Function:
+    """Lets the running mean decay in evaluation."""
+
+    def faulty(layer: _base.Tracked, x: Array, use: bool | None) -> Array | None:
+        y = original(layer, x, use)
+        if y is not None and layer.mean is not None:
+            layer.mean[...] = 0.9 * layer.mean[...]
+        return y
+
+    return faulty
+
+
+def _torch_moving(original: Function) -> Function:
+    def faulty(layer: "torch.nn.BatchNorm2d", x: "torch.Tensor") -> "torch.Tensor":
+        y = original(layer, x)
+        if not layer.training:
+            layer.running_mean.mul_(0.9)
+        return y
+
+    return faulty
+
+
+def _torch_batch_norm_moving() -> Planted:
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    return replaced(_BatchNorm, "forward", _torch_moving)
+
+
 _BATCH = [
+    Fault(
+        "statistics move in evaluation", "evaluation keeps the statistics", "batch norm",
+        "evaluation leaves running_mean",
+        lambda: replaced(_base.Tracked, "_evaluate", _moving),
+        _torch_batch_norm_moving,
+    ),
     Fault(
         "momentum sense", "momentum weighs the new value", "batch norm", "step 1 running_mean",
         lambda: argument(RunningStats, "update", momentum=lambda m: 1 - m),

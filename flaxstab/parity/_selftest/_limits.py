@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flaxstab import functional
 from flaxstab._typing import Array, Shape
 from flaxstab.functional import Moments, RunningStats, _norms
-from flaxstab.norms import _base
 from flaxstab.parity._selftest._plant import (
     Fault,
     Function,
@@ -23,34 +22,6 @@ from flaxstab.parity._selftest._plant import (
 
 if TYPE_CHECKING:
     import torch
-
-
-def _moving(original: Function) -> Function:
-    """Lets the running mean decay in evaluation."""
-
-    def faulty(layer: _base.Tracked, x: Array, use: bool | None) -> Array | None:
-        y = original(layer, x, use)
-        if y is not None and layer.mean is not None:
-            layer.mean[...] = 0.9 * layer.mean[...]
-        return y
-
-    return faulty
-
-
-def _torch_moving(original: Function) -> Function:
-    def faulty(layer: "torch.nn.BatchNorm2d", x: "torch.Tensor") -> "torch.Tensor":
-        y = original(layer, x)
-        if not layer.training:
-            layer.running_mean.mul_(0.9)
-        return y
-
-    return faulty
-
-
-def _torch_batch_norm_moving() -> Planted:
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    return replaced(_BatchNorm, "forward", _torch_moving)
 
 
 def _torch_constant(original: Function) -> Function:
@@ -127,17 +98,10 @@ def _torch_rounded_moments(
     return ((wide - mean) / (var + eps).sqrt() * weight + bias).to(x.dtype)
 
 
-_NO_STATE = "what a module holds after evaluation is not compared"
 _NO_GRADIENT = "gradients are compared in training alone"
 _BELOW = "rounding the inputs to bfloat16, which the bound allows twice, may do as much"
 
 LIMITS = (
-    Fault(
-        "statistics move in evaluation", "evaluation keeps the statistics", "batch norm",
-        "evaluation",
-        lambda: replaced(_base.Tracked, "_evaluate", _moving),
-        _torch_batch_norm_moving, _NO_STATE,
-    ),
     Fault(
         "no gradient in evaluation", "evaluation can be differentiated", "batch norm", "evaluation",
         lambda: result(functional, "batch_norm_inference", jax.lax.stop_gradient),
