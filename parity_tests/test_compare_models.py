@@ -304,3 +304,53 @@ def test_an_overflow_at_low_precision_only_is_its_sides() -> None:
     assert finding(theirs, "output", "float32").verdict == Verdict.TORCH_WORSE
     both = parity.compare(softplus, torch_softplus, x)
     assert finding(both, "output", "float32").verdict == Verdict.AGREE
+
+
+def scanned(x: jax.Array) -> jax.Array:
+    return jax.lax.scan(lambda c, _: (jnp.tanh(c), None), x, length=2)[0]
+
+
+PROGRAMS = {
+    "jit": jax.jit(lambda x: jnp.tanh(jnp.tanh(x))),
+    "remat": jax.checkpoint(lambda x: jnp.tanh(jnp.tanh(x))),
+    "vmap": jax.vmap(lambda x: jnp.tanh(jnp.tanh(x))),
+    "scan": scanned,
+    "cond": lambda x: jax.lax.cond(x.sum() > 0, scanned, jnp.sin, x),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_programs_inside_the_program_are_compared(program: Outputs) -> None:
+    report = parity.compare(program, lambda x: torch.tanh(torch.tanh(x)), X)
+    assert report.passed, str(report)
+    wrong = parity.compare(program, lambda x: torch.tanh(torch.tanh(x * (1 + 1e-9))), X, dtypes=())
+    assert {"output", "grad input 0"} <= failures(wrong)
+
+
+class Tied(nnx.Module):
+    def __init__(self) -> None:
+        self.first = linear.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.second = self.first
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.second(jnp.tanh(self.first(x)))
+
+
+class TorchTied(torch.nn.Module):
+    def __init__(self, *, tied: bool = True) -> None:
+        super().__init__()
+        self.first = torch_linear()
+        self.second = self.first if tied else torch_linear(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_tied_weights_have_one_gradient() -> None:
+    report = parity.compare(Tied(), TorchTied(), X, dtypes=())
+    assert report.passed, str(report)
+    assert {f.name for f in report.findings if f.name.startswith("grad f")} == {
+        "grad first.weight",
+        "grad first.bias",
+    }
+    assert "second.weight" in refusal(lambda: parity.compare(Tied(), TorchTied(tied=False), X))

@@ -11,9 +11,9 @@ import torch
 from flax import nnx
 from torch import Tensor
 
-from flaxstab import parity
+from flaxstab import functional, linear, parity
 from parity_tests.support.cases import values
-from parity_tests.support.pairs import Net, TorchNet, failures, finding
+from parity_tests.support.pairs import Net, TorchNet, failures, finding, refusal
 from parity_tests.support.training import (
     RATE,
     ours,
@@ -237,3 +237,77 @@ def test_neither_model_is_changed_by_training() -> None:
     np.testing.assert_array_equal(kernel, np.asarray(model.stem.kernel[...]))
     assert torch.equal(weight, module.stem.weight)
     assert int(model.norm.count[...]) == int(module.norm.num_batches_tracked) == 0
+
+
+class Picture(nnx.Module):
+    def __init__(self) -> None:
+        self.conv = linear.Conv(3, 4, 3, rngs=nnx.Rngs(0))
+        self.head = linear.Linear(4, 3, rngs=nnx.Rngs(1))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(jnp.tanh(self.conv(x)).mean((1, 2)))
+
+
+class TorchPicture(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.stem(x)).mean((2, 3)))
+
+
+def classify(model: nnx.Module, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
+    loss, gradients = nnx.value_and_grad(lambda m: functional.cross_entropy(m(x), y))(model)
+    optimizer.update(model, gradients)
+    return loss
+
+
+def torch_classify(model: torch.nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+IMAGES = (values(4, 5, 5, 3, offset=0.5, scale=1.0), np.array([0, 2, 1, 1]))
+
+
+def pictures(weights: str | None, layout: str | None = "image") -> parity.Report:
+    return parity.compare(
+        ours(optax.sgd(RATE), Picture(), nnx.jit(classify)),
+        theirs(plain, TorchPicture(), torch_classify),
+        *IMAGES,
+        layout=layout, weights=weights, rename=lambda name: name.replace("stem", "conv"), dtypes=(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["torch", "flax"])
+def test_images_and_labels_and_other_names_are_trained_on_alike(weights: str) -> None:
+    report = pictures(weights)
+    assert report.passed, str(report)
+    assert {"loss", "param conv.weight", "update head.bias"} <= {f.name for f in report.findings}
+
+
+def test_without_weights_each_model_starts_from_its_own() -> None:
+    report = pictures(None)
+    assert report.departure is not None
+    assert report.departure.step == 1
+    assert {"loss", "param conv.weight"} <= failures(report)
+
+
+def test_a_forgotten_layout_names_the_layer() -> None:
+    message = refusal(lambda: pictures("torch", None))
+    assert "the PyTorch side must run on its inputs, got RuntimeError in stem (Conv2d" in message
+
+
+def test_a_tolerance_widens_what_it_names_in_training_too() -> None:
+    off = small(optax.sgd(RATE * (1 + 1e-9)))
+    wider = (parity.Tolerance("update *", 1e6, "the rate is rounded"),)
+    report = parity.compare(off, torch_small(plain), *BATCH, dtypes=(), tolerances=wider)
+    failed = failures(report)
+    assert "param first.weight" in failed
+    assert not any(name.startswith("update") for name in failed)
+    assert "tolerance: update * x1e+06, because the rate is rounded" in str(report)

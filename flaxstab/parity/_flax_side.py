@@ -95,7 +95,7 @@ class FlaxSide:
                 if step in STEPS:
                     found |= {f"step {step} {n}": a for n, a in named.named(rest).items()}
             evaluated, rest = compiled.evaluate(params, rest, inputs)
-            found |= {f"evaluation leaves {n}": a for n, a in named.named(rest).items()}
+            found |= {f"after evaluation {n}": a for n, a in named.named(rest).items()}
         found |= {n.replace("output", "evaluation", 1): a for n, a in evaluated.items()}
         return {name: np.asarray(a) for name, a in found.items()}
 

@@ -28,7 +28,7 @@ _HINTS = (  # how the first failing quantity is called, and what usually lies be
     ("output", "the first layer that differs: eps, padding, kernel layout, the kind of GELU"),
     ("grad", "stop_gradient, custom gradients, and what is treated as a constant"),
     ("step ", "the momentum of the statistics and whether the variance is unbiased; the mode"),
-    ("evaluation leaves", "what evaluation changes: statistics stand still in it"),
+    ("after evaluation", "what evaluation changes: statistics stand still in it"),
     ("evaluation", "the mode: which statistics, and that dropout is off"),
 )
 _ROUNDING = "the dtype that sums are kept in, and the algorithm (a one-pass variance cancels)"

@@ -203,7 +203,7 @@ class TorchSide:
                     }
             module.eval()
             evaluated = self._call(module, tensors, fed)
-        left = {f"evaluation leaves {self.rename(n)}": b for n, b in module.named_buffers()}
+        left = {f"after evaluation {self.rename(n)}": b for n, b in module.named_buffers()}
         return found | {n: numpy_of(b) for n, b in left.items()}, evaluated
 
     def slope(

@@ -211,7 +211,7 @@ def _losses() -> dict[str, Callable[[], Sides]]:
         ),
         # Beyond 88 the exponential overflows in float32.
         "cross entropy, large logits": _function(
-            lambda x, y: functional.cross_entropy(x, y),  # noqa: PLW0108: looked up when called
+            lambda x, y: functional.cross_entropy(x, y),  # noqa: PLW0108 (looked up when called)
             lambda x, y: torch_functional().cross_entropy(x, y),
             lambda x, y: witness.cross_entropy(x, y, 0.0),
             60 * _LOGITS, _LABELS, dtypes=(np.float32,),

@@ -164,7 +164,7 @@ def _torch_batch_norm_moving() -> Planted:
 _BATCH = [
     Fault(
         "statistics move in evaluation", "evaluation keeps the statistics", "batch norm",
-        "evaluation leaves running_mean",
+        "after evaluation running_mean",
         lambda: replaced(_base.Tracked, "_evaluate", _moving),
         _torch_batch_norm_moving,
     ),

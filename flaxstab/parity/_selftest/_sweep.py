@@ -1,13 +1,16 @@
 """False alarms: sound pairs compared on many inputs, of any mean."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from flaxstab import models, norms
 from flaxstab.parity._inputs import is_float
 from flaxstab.parity._models import Pair
+from flaxstab.parity._selftest._cases import layers, normal
 from flaxstab.parity._selftest._plant import Sides
 
 OFFSETS = (0.0, 10.0, 100.0, 1000.0)
@@ -30,6 +33,13 @@ class Sweep(NamedTuple):
     alarms: tuple[str, ...]
     largest: float
     quantity: str
+
+    def __str__(self) -> str:
+        words = [
+            f"{self.name:32s} {self.comparisons:6d} comparisons, {len(self.alarms)} alarms, "
+            f"largest error {self.largest:.2g} of its bound ({self.quantity})"
+        ]
+        return "\n  ".join([*words, *self.alarms])
 
 
 def sweep(cases: Mapping[str, Callable[[], Sides]], seeds: int) -> Iterator[Sweep]:
@@ -60,6 +70,35 @@ def sweep(cases: Mapping[str, Callable[[], Sides]], seeds: int) -> Iterator[Swee
                 found = max(report.findings, key=lambda f: f.excess)
                 worst = max(worst, (found.excess, f"{found.name} in {found.dtype}"))
         yield Sweep(name, seeds * len(OFFSETS), tuple(alarms), *worst)
+
+
+def sound_pairs() -> dict[str, Callable[[], Sides]]:
+    """Returns what builds every shipped layer beside PyTorch, and whole networks of them."""
+
+    def ghost() -> Sides:
+        from torch_ref.norms import GhostBatchNorm
+
+        ours, theirs = norms.GhostBatchNorm(4, 4), GhostBatchNorm(4, 4)
+        return Sides(ours, theirs, (normal(8, 3, 3, 4),), None, "image")
+
+    def network(norm: str, act: Literal["relu", "gelu"]) -> Callable[[], Sides]:
+        def build() -> Sides:
+            from torch_ref.models import StableCNN
+
+            widths, rngs = (8, 16), nnx.Rngs(0)
+            ours = models.StableCNN(norm, act, widths=widths, groups=4, image_size=8, rngs=rngs)
+            theirs = StableCNN(norm, act, widths=widths, groups=4, image_size=8)
+            return Sides(ours, theirs, (normal(4, 8, 8, 3),), None, "image")
+
+        return build
+
+    return {
+        **layers(),
+        "ghost batch norm": ghost,
+        "network of BN and ReLU": network("batch", "relu"),
+        "network of GN and GELU": network("group", "gelu"),
+        "network of LN and GELU": network("layer", "gelu"),
+    }
 
 
 def redrawn(inputs: tuple[np.ndarray, ...], seed: int, offset: float) -> tuple[np.ndarray, ...]:
