@@ -113,7 +113,9 @@ def test_without_weights_each_side_keeps_its_own() -> None:
 
 def test_linen_batch_norm_follows_the_biased_variance() -> None:
     report = compare(modes(), TorchModel(torch.nn.BatchNorm2d))
-    assert failures(report) == {*(f"step {n} bn.running_var" for n in (1, 2, 10)), "evaluation"}
+    failed = failures(report)
+    assert {*(f"step {n} bn.running_var" for n in (1, 2, 10)), "evaluation"} <= failed
+    assert not any("running_mean" in name or "grad" in name for name in failed)
     assert report.notes == (COUNT,)
 
 

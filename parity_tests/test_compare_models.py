@@ -86,8 +86,9 @@ def test_statistics_are_carried_with_the_weights(weights: str | None, passes: bo
     report = parity.compare(norms.BatchNorm(4), theirs, X, weights=weights, dtypes=())
     assert report.passed is passes, str(report)
     if not passes:
-        expected = {f"step {n} running_var" for n in (1, 2, 10)}
-        assert failures(report) == {*expected, "evaluation"}
+        failed = failures(report)
+        assert {*(f"step {n} running_var" for n in (1, 2, 10)), "evaluation"} <= failed
+        assert not any("running_mean" in name or "grad" in name for name in failed)
 
 
 class Renamed(torch.nn.Module):
