@@ -27,7 +27,7 @@ from flaxstab.parity._verdict import (
 )
 
 STEPS = 10  # of an ordinary comparison
-LONG = 1e-10  # of a tensor's size, in float64, for as long as training goes (issue: 1,000 steps)
+LONG = 1e-10  # of a tensor's size, in float64, for as long as training goes
 AMPLIFIED = 64  # eps of a tensor's size by which perturbed runs part where training is unstable
 NOISE = 16.0  # there one run may be 4 times as far off as others by chance, and Adam squares it
 
