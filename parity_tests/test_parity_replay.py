@@ -319,3 +319,21 @@ def test_dropout_that_cannot_be_replayed_is_refused(layer: torch.nn.Module) -> N
         parity.replayed(Ours(), theirs),
     ):
         pass
+
+
+def test_fair_masks_are_not_called_repeated() -> None:
+    """Two masks of 64 elements with p = 0.1 are equal with probability 3e-6: 20,000 masks meet."""
+    rng, draws = np.random.default_rng(0), _replay.Draws()
+    for layer in range(20):
+        for _ in range(1000):
+            draws.add(str(layer), rng.random(64) >= 0.1)
+    assert not draws.repeated
+
+
+def test_repeated_noise_of_either_sign_is_noticed() -> None:
+    for seed in range(20):
+        noise, draws = np.random.default_rng(seed).normal(size=100), _replay.Draws()
+        draws.add("noise", noise)
+        assert not draws.repeated
+        draws.add("noise", noise)
+        assert draws.repeated == {"noise"}

@@ -38,10 +38,11 @@ class Naming:
           gradients: whether they are gradients: both of two biases that torch adds up have that
             of their sum.
         """
+        known = {path for layer in self._layers for path in layer.paths.values()}
         flat: dict[tuple[object, ...], np.ndarray] = {
             path: np.asarray(leaf[...] if isinstance(leaf, nnx.Variable) else leaf)
             for path, leaf in nnx.to_flat_state(tree)
-            if not isinstance(leaf, nnx.RngState)
+            if path in known
         }
         found: dict[str, np.ndarray] = {}
         for layer in self._layers:

@@ -90,8 +90,7 @@ def compare(
       kept in float32; D. S. Parker, "Monte Carlo Arithmetic", 1997, for the magnitude.
     """
     _check_options(layout, weights, dtypes)
-    arrays, allowed = tuple(interop.to_numpy(a) for a in inputs), tuple(tolerances)
-    check_tolerances(allowed)
+    arrays, allowed = tuple(interop.to_numpy(a) for a in inputs), check_tolerances(tolerances)
     if isinstance(flax_side, TrainStep):
         both = _both_steps(torch_side, witness)
         return trajectory(
@@ -114,8 +113,16 @@ def _check_options(layout: Layout, weights: Weights, dtypes: Sequence[DTypeLike]
     check(layout in ("image", None), "layout must be 'image' or None", layout=layout)
     rule = "weights must be 'torch', 'flax' or None"
     check(weights in ("torch", "flax", None), rule, weights=weights)
-    given = [jnp.dtype(kind).name for kind in dtypes]
-    check(set(given) <= set(_LOW), f"dtypes must be of {', '.join(_LOW)}", dtypes=given)
+    rule = f"dtypes must be a sequence of {', '.join(_LOW)}"
+    check(isinstance(dtypes, Sequence) and not isinstance(dtypes, str), rule, dtypes=dtypes)
+    check(all(_name(kind) in _LOW for kind in dtypes), rule, dtypes=dtypes)
+
+
+def _name(kind: DTypeLike) -> str:
+    try:
+        return jnp.dtype(kind).name
+    except TypeError:
+        return ""
 
 
 def _both_steps(torch_side: object, witness: object) -> tuple[TrainStep, TrainStep | None]:

@@ -11,7 +11,7 @@ from flaxstab._typing import Array, DTypeLike, PyTree
 from flaxstab.parity._inputs import STEPS, Inputs, Values, growth, is_float, named_leaves, round_to
 from flaxstab.parity._magnitude import DRAWS, moved, rounded, sizes
 from flaxstab.parity._place import located
-from flaxstab.parity._precision import EXACT, Precision
+from flaxstab.parity._precision import EXACT, Precision, jax_at
 from flaxstab.parity._program import Program
 
 
@@ -35,7 +35,7 @@ class FlaxSide:
 
     def output_shapes(self, arrays: tuple[np.ndarray, ...]) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the floating-point outputs, by name."""
-        with jax.enable_x64(True), located("Flax", self.program.names(), arrays):
+        with jax_at(EXACT), located("Flax", self.program.names(), arrays):
             inputs = _cast(arrays, np.float64)
             variables = self._variables(EXACT)
             output, _ = jax.eval_shape(self.program.train, *variables, inputs)
@@ -44,7 +44,7 @@ class FlaxSide:
 
     def run(self, fed: Inputs, precision: Precision = EXACT) -> Values:
         """Returns every quantity at a precision."""
-        with jax.enable_x64(precision.compute == np.float64):
+        with jax_at(precision):
             params, rest = self._variables(precision)
             return self._quantities(self._plain, fed, precision.compute, params, rest)
 
@@ -57,7 +57,7 @@ class FlaxSide:
         return sizes(plain, [self._moved(self._plain, fed, i, precision) for i in range(DRAWS)])
 
     def _moved(self, compiled: _Compiled, fed: Inputs, seed: int, precision: Precision) -> Values:
-        with jax.enable_x64(True):
+        with jax_at(EXACT):
             params, rest = self._variables(precision)
             floats = [a for a in fed.arrays if is_float(a)]
             params, floats, cotangents = moved((params, floats, fed.cotangents), seed)
@@ -77,12 +77,15 @@ class FlaxSide:
     def _quantities(
         self, compiled: _Compiled, fed: Inputs, dtype: DTypeLike, params: PyTree, rest: PyTree
     ) -> Values:
+        with located("Flax", self.program.names(), fed.arrays):
+            return self._located(compiled, fed, dtype, params, rest)
+
+    def _located(
+        self, compiled: _Compiled, fed: Inputs, dtype: DTypeLike, params: PyTree, rest: PyTree
+    ) -> Values:
         inputs, named = _cast(fed.arrays, dtype), self.program
         cotangents = {name: jnp.asarray(a) for name, a in fed.cotangents.items()}
-        with located("Flax", named.names(), fed.arrays):
-            outputs, (param_grads, grads), rest = compiled.gradients(
-                params, rest, inputs, cotangents
-            )
+        outputs, (param_grads, grads), rest = compiled.gradients(params, rest, inputs, cotangents)
         found = dict(outputs)
         found |= {f"grad input {i}": g for i, g in enumerate(grads)}
         found |= {f"grad {n}": a for n, a in named.named(param_grads, gradients=True).items()}

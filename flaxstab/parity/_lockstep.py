@@ -11,7 +11,7 @@ import numpy as np
 from flaxstab._typing import Array, DTypeLike, PyTree
 from flaxstab.parity._inputs import Values, is_float, largest, round_to
 from flaxstab.parity._magnitude import BITS, DRAWS, UNIT, moved, rounded
-from flaxstab.parity._precision import Precision
+from flaxstab.parity._precision import Precision, jax_at
 from flaxstab.parity._replay import Draws
 from flaxstab.parity._report import Departure, Report, Tolerance, factor_of
 from flaxstab.parity._verdict import (
@@ -28,6 +28,7 @@ from flaxstab.parity._verdict import (
 
 STEPS = 10  # of an ordinary comparison
 LONG = 1e-10  # of a tensor's size, in float64, for as long as training goes
+CHAOS = 0.1  # of a tensor's size: where perturbed runs part by as much, nothing can be compared
 AMPLIFIED = 64  # eps of a tensor's size by which perturbed runs part where training is unstable
 NOISE = 16.0  # there one run may be 4 times as far off as others by chance, and Adam squares it
 
@@ -72,7 +73,7 @@ class _JaxRun:
             self._params = _params(system.named(self.state))
 
     def _mode(self) -> AbstractContextManager[None]:
-        return jax.enable_x64(self._precision.compute == np.float64)
+        return jax_at(self._precision)
 
     def _moved(self, tree: PyTree) -> PyTree:
         if self._seed is None:
@@ -242,6 +243,9 @@ class _Book:
         """Judges a float64 quantity after a step."""
         spread = self._grow(name, "float64", sides[0], moves) / UNIT
         factor = factor_of(name, self._tolerances)
+        if spread * UNIT > CHAOS * largest(sides[0]):
+            self.add(step, _chaotic(name, "float64"))
+            return
         finding = judge_step(step, name, *sides, spread, factor)
         if not finding.passed and third is not None:
             right = [judge_step(step, name, side, third, spread, factor).passed for side in sides]
@@ -258,6 +262,9 @@ class _Book:
         spread = self._grow(name, kind.name, oracles[0], moves) / float(jnp.finfo(dtype).eps)
         # The largest so far: moments remember gradients that were larger.
         self._size[name] = max(largest(oracles[0]), self._size.get(name, 0.0))
+        if spread == np.inf:
+            self.add(step, _chaotic(name, kind.name))
+            return
         if spread > AMPLIFIED * self._size[name]:
             factor *= NOISE
         size, slack = max(spread, self._size[name]), 2.0 + step  # a step adds one rounding more
@@ -265,9 +272,17 @@ class _Book:
 
     def _grow(self, name: str, dtype: str, plain: np.ndarray, moves: list[np.ndarray]) -> float:
         """Returns how far the perturbed runs ever were from the plain one."""
-        gap = max(distance_between(plain, move) for move in moves)
+        gap = max(
+            np.inf if places_that_differ(plain, move) else distance_between(plain, move)
+            for move in moves
+        )
         self._spread[name, dtype] = max(gap, self._spread.get((name, dtype), 0.0))
         return self._spread[name, dtype]
+
+
+def _chaotic(name: str, dtype: str) -> Finding:
+    words = "perturbed runs differ by as much as it is large: this training amplifies rounding"
+    return Finding(name, Verdict.ILL_CONDITIONED, dtype, 0.0, 0.0, np.inf, words)
 
 
 def _gravity(finding: Finding) -> int:

@@ -147,14 +147,14 @@ def _run(closed: core.ClosedJaxpr, arguments: Sequence[Array], bits: int) -> lis
     def read(atom: object) -> Array:
         return atom.val if isinstance(atom, core.Literal) else known[atom]
 
-    for eqn in jaxpr.eqns:
+    for place, eqn in enumerate(jaxpr.eqns):
         inputs = [read(atom) for atom in eqn.invars]
         body = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
         if body is None:
             result = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
             outputs = list(result) if eqn.primitive.multiple_results else [result]
             if eqn.primitive.name not in _EXACT:
-                outputs = [_round(value, bits) for value in outputs]
+                outputs = [_round(value, bits, place) for value in outputs]
         else:
             program = body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
             outputs = _run(program, inputs, bits)
@@ -162,7 +162,9 @@ def _run(closed: core.ClosedJaxpr, arguments: Sequence[Array], bits: int) -> lis
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _round(value: Array, bits: int) -> Array:
+def _round(value: Array, bits: int, place: int) -> Array:
+    """Rounds each element, then moves all by a quarter of the last bit, so that none stays 1."""
     if jnp.result_type(value) != jnp.float64:
         return value  # a program that pins a narrower dtype rounds by itself
-    return jax.lax.reduce_precision(value, exponent_bits=11, mantissa_bits=bits)
+    rounded = jax.lax.reduce_precision(value, exponent_bits=11, mantissa_bits=bits)
+    return rounded * (1 + (-1) ** place * 2.0 ** -(bits + 2))

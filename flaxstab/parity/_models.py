@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flaxstab._checks import check
 from flaxstab._typing import DTypeLike
 from flaxstab.parity._flax_side import FlaxSide
 from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest
@@ -97,6 +98,7 @@ class Pair:
         for kind in kinds:
             oracle = exact if kind == stored else self._exact(fed, kind)
             findings += self._numerics(fed, oracle, kind, tolerances)
+        check(bool(findings), "there must be something to compare", outputs=[*exact.ours])
         notes = [f"{name} (the Flax layer does without)" for name in self._ignored]
         if dtypes and self._drawing is not None and _has_stock_dropout(self._drawing):
             notes.append(
@@ -115,7 +117,8 @@ class Pair:
         ours, theirs = exact.ours, exact.theirs
         magnitudes = self._flax.magnitudes(exact.fed, ours, exact.precision)
         findings = [
-            judge_semantics(n, a, theirs[n], magnitudes[n], factor_of(n, tolerances))
+            _other_dtype(n, "float64", a, theirs[n])
+            or judge_semantics(n, a, theirs[n], magnitudes[n], factor_of(n, tolerances))
             for n, a in ours.items()
             if n in theirs
         ]
@@ -151,7 +154,7 @@ class Pair:
                 return self._off_slope(exact.fed, name, ours[name], theirs[name])
             return ""
 
-        return [f if f.passed else f._replace(side=side(f.name)) for f in findings]
+        return [f if f.passed or f.side else f._replace(side=side(f.name)) for f in findings]
 
     def _off_slope(self, fed: Inputs, name: str, ours: np.ndarray, theirs: np.ndarray) -> Side:
         if ours.shape != theirs.shape:
@@ -213,14 +216,11 @@ class Pair:
         for name in (n for n in ours if n in theirs and is_float(exact.ours[n])):
             # Each side is held to its own float64 result: what programs mean is judged already.
             sides, oracles = (ours[name], theirs[name]), (exact.ours[name], exact.theirs[name])
-            if name.startswith(_PASSED_ON) and sides[0].dtype != sides[1].dtype:
-                words = f"the dtypes differ: {sides[0].dtype} and {sides[1].dtype}"
-                findings.append(differ(name, kind.name, words, _of_other_dtype(*sides, kind)))
-            else:
-                factor = factor_of(name, tolerances)
-                findings.append(
-                    judge_numerics(name, *sides, oracles, sensitivities[name], kind, factor)
-                )
+            factor = factor_of(name, tolerances)
+            findings.append(
+                _other_dtype(name, kind.name, *sides)
+                or judge_numerics(name, *sides, oracles, sensitivities[name], kind, factor)
+            )
         return findings
 
 
@@ -257,9 +257,14 @@ def _by_chance(finding: Finding) -> Finding:
     return finding._replace(verdict=Verdict.ILL_CONDITIONED, side="", explanation=words)
 
 
-def _of_other_dtype(ours: np.ndarray, theirs: np.ndarray, kind: np.dtype) -> Side:
-    """Returns the side whose result has another dtype than the inputs, if it is one."""
-    return the_wrong_one(ours.dtype == kind, theirs.dtype == kind)
+def _other_dtype(name: str, kind: str, ours: np.ndarray, theirs: np.ndarray) -> Finding | None:
+    """Returns the finding that what is passed on has two dtypes, and which is not the inputs'."""
+    passed_on = name.startswith(_PASSED_ON) and not name.startswith("after")
+    if not passed_on or ours.dtype == theirs.dtype or not is_float(ours):
+        return None
+    words = f"the dtypes differ: {ours.dtype} and {theirs.dtype}"
+    side = the_wrong_one(ours.dtype.name == kind, theirs.dtype.name == kind)
+    return differ(name, kind, words, side)
 
 
 def _outvoted(ours: np.ndarray, theirs: np.ndarray, third: np.ndarray, magnitude: float) -> Side:

@@ -13,6 +13,7 @@ from flaxstab._typing import Array, DTypeLike, PyTree
 from flaxstab.parity._inputs import Values, is_float, round_to
 from flaxstab.parity._lockstep import STEPS, Batch, lockstep, updates
 from flaxstab.parity._optimizer_state import is_optional, jax_state, torch_state
+from flaxstab.parity._place import located
 from flaxstab.parity._precision import EXACT, Precision
 from flaxstab.parity._replay import Draws
 from flaxstab.parity._report import Report, Tolerance
@@ -43,9 +44,12 @@ def compare_optimizers(
         "inputs must be the initial parameters, floating-point arrays",
         inputs=[str(a.dtype) for a in inputs],
     )
+    import torch
+
+    given = [factory] if witness is None else [factory, witness]
     check(
-        callable(factory) and (witness is None or callable(witness)),
-        "torch_side of an optax transformation must make a torch optimizer of a list of parameters",
+        all(callable(one) and not isinstance(one, torch.nn.Module) for one in given),
+        "torch_side of an optax transformation must make a torch.optim.Optimizer of parameters",
         torch_side=type(factory).__name__,
         fix="Pass lambda ps: torch.optim.AdamW(ps, lr=1e-3).",
     )
@@ -125,7 +129,9 @@ class _Torch:
         """Whether the factory makes an optimizer, rather than changing gradients."""
         import torch
 
-        return isinstance(self._factory(self.parameters(EXACT)), torch.optim.Optimizer)
+        with located("PyTorch", None, tuple(self._inputs)):
+            made = self._factory(self.parameters(EXACT))
+        return isinstance(made, torch.optim.Optimizer)
 
     def start(self, precision: Precision) -> Callable[[Batch, PyTree], Values]:
         import torch

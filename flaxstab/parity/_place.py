@@ -1,11 +1,13 @@
 """Says where in a model an error came from, in one line instead of a stack trace."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
+
+from flaxstab._typing import Array
 
 
 class Names(NamedTuple):
@@ -21,7 +23,7 @@ class Names(NamedTuple):
 
 
 @contextmanager
-def located(side: str, names: Names | None, arrays: tuple[np.ndarray, ...]) -> Iterator[None]:
+def located(side: str, names: Names | None, arrays: Sequence[np.ndarray | Array]) -> Iterator[None]:
     """Turns an error of a model into a ``ValueError`` that names the submodule and the line.
 
     Args:
@@ -52,7 +54,8 @@ def _place(traceback: TracebackType | None, names: Names) -> str:
     stack, line = [], ""
     while traceback is not None:
         frame = traceback.tb_frame
-        owner = frame.f_locals.get("self")
+        first = frame.f_code.co_varnames[:1]  # 'self', whatever it is called
+        owner = frame.f_locals.get(first[0]) if first else None
         if isinstance(owner, names.kind):
             stack.append(owner)
             line = f"line {traceback.tb_lineno} of {frame.f_code.co_filename.rsplit('/', 1)[-1]}"

@@ -1,7 +1,10 @@
 """How a side computes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from flaxstab._typing import DTypeLike
@@ -27,3 +30,11 @@ class Precision(NamedTuple):
 
 
 EXACT = Precision()
+
+
+@contextmanager
+def jax_at(precision: Precision) -> Iterator[None]:
+    """Sets JAX's x64 mode, and for float64, which is the oracle, exact matrix products."""
+    exact = precision.compute == np.float64
+    with jax.enable_x64(exact), jax.default_matmul_precision("highest") if exact else nullcontext():
+        yield

@@ -11,7 +11,7 @@ from flax.core import unfreeze
 from flaxstab import interop
 from flaxstab._typing import Array, PyTree
 from flaxstab.parity._inputs import Values
-from flaxstab.parity._place import Names
+from flaxstab.parity._place import Names, located
 
 
 class Program(Protocol):
@@ -151,9 +151,10 @@ class LinenProgram:
     def __init__(self, linen: Linen, inputs: tuple[np.ndarray, ...]) -> None:
         self._linen = linen
         self._variables: Mapping[str, PyTree] = unfreeze(dict(linen.variables))
-        self._places = interop.linen_places(
-            linen.module, self._variables, inputs, linen.training, mutable=self._collections()
-        )
+        with located("Flax", self.names(), inputs):
+            self._places = interop.linen_places(
+                linen.module, self._variables, inputs, linen.training, mutable=self._collections()
+            )
 
     def _collections(self) -> list[str]:
         return [name for name in self._variables if name != "params"]

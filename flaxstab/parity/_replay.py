@@ -17,7 +17,7 @@ from flaxstab.parity._inputs import Layout, channels_first
 if TYPE_CHECKING:
     import torch
 
-_ENOUGH = 64  # elements: two fair masks of this size are equal with probability 2^-64
+_ENOUGH = 48  # bits: of 1,000 such masks two are equal by chance with probability 2e-9
 
 Draw = Callable[[nnx.Module, Shape], np.ndarray]
 Apply = Callable[..., "torch.Tensor"]
@@ -48,8 +48,13 @@ class Draws:
         self._seen: set[int] = set()
 
     def add(self, name: str, drawn: np.ndarray) -> None:
-        """Remembers a layer's draw; masks of few or equal elements say nothing and are not kept."""
-        if drawn.size < _ENOUGH or not 0 < drawn.mean() < 1:
+        """Remembers a layer's draw, unless two may be equal by chance."""
+        if drawn.dtype == np.bool_:
+            kept = float(drawn.mean())
+            enough = -drawn.size * np.log2(kept**2 + (1 - kept) ** 2) >= _ENOUGH
+        else:
+            enough = drawn.size > 1 and bool(np.ptp(drawn) > 0)
+        if not enough:
             return
         mark = hash((name, drawn.shape, drawn.tobytes()))
         if mark in self._seen:

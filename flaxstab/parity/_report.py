@@ -1,5 +1,6 @@
 """What a comparison found, and what somebody told it to overlook."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -117,7 +118,8 @@ class Report(NamedTuple):
         worse = [f for f in self.findings if f.verdict is Verdict.TORCH_WORSE]
         grave = [f for f in self.findings if not f.passed] or worse
         grave = [f for f in grave if not _follows(f, grave)]
-        shown = sorted(grave, key=lambda f: (f.dtype != "float64", f.passed)) or [self.worst]
+        shown = sorted(grave, key=lambda f: (f.dtype != "float64", f.passed))
+        shown = shown or ([self.worst] if self.findings else [])
         lines += [_line(f) for f in shown[:_SHOWN]]
         if len(shown) > _SHOWN:
             lines.append(f"  ... and {len(shown) - _SHOWN} more in report.findings")
@@ -161,12 +163,17 @@ def factor_of(name: str, tolerances: tuple[Tolerance, ...]) -> float:
     return max((t.factor for t in tolerances if fnmatchcase(name, t.pattern)), default=1.0)
 
 
-def check_tolerances(tolerances: tuple[Tolerance, ...]) -> None:
-    """Refuses a tolerance that widens nothing or gives no reason.
+def check_tolerances(tolerances: Sequence[Tolerance]) -> tuple[Tolerance, ...]:
+    """Returns the tolerances, unless one widens nothing or gives no reason.
 
     Raises:
       ValueError: if so.
     """
+    are = not isinstance(tolerances, Tolerance) and all(
+        isinstance(t, Tolerance) for t in tolerances
+    )
+    check(are, "tolerances must be a sequence of parity.Tolerance", tolerances=tolerances)
     for tolerance in tolerances:
         check(tolerance.factor > 1, "a tolerance must widen the bound", factor=tolerance.factor)
         check(bool(tolerance.reason.strip()), "a tolerance must give its reason", reason="''")
+    return tuple(tolerances)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,7 +17,7 @@ from flaxstab.parity._lockstep import STEPS, Batch, lockstep, updates
 from flaxstab.parity._models import Weights, carry
 from flaxstab.parity._optimizer_state import is_optional, jax_state, torch_state
 from flaxstab.parity._place import located
-from flaxstab.parity._precision import Precision
+from flaxstab.parity._precision import Precision, jax_at
 from flaxstab.parity._program import NNXProgram
 from flaxstab.parity._replay import Draws, replayed
 from flaxstab.parity._report import Report, Tolerance, check_tolerances
@@ -119,7 +118,7 @@ def trajectory(
       True
     """
     check_positive(steps=steps)
-    check_tolerances(tuple(tolerances))
+    allowed = check_tolerances(tolerances)
     kinds = [jnp.dtype(kind).name for kind in dtypes]
     check(set(kinds) <= {"float32"}, "dtypes of training steps must be float32", dtypes=kinds)
     known = [tuple(interop.to_numpy(a) for a in batch) for batch in batches]
@@ -135,7 +134,7 @@ def trajectory(
         theirs,
         islice(cycle(known), steps),
         dtypes=dtypes,
-        tolerances=tuple(tolerances),
+        tolerances=allowed,
         witness=other,
     )
 
@@ -161,13 +160,21 @@ class _FlaxStep:
     def start(self, precision: Precision) -> PyTree:
         model = nnx.clone(self.program.module)
         nnx.update(model, stored_as(nnx.state(model), precision))
-        optimizer = self._side.optimizer(model)
+        with located("Flax", self.program.names(), ()):
+            optimizer = self._side.optimizer(model)
+        check(
+            isinstance(optimizer, nnx.Optimizer),
+            "flax_side.optimizer must make an nnx.Optimizer of a model",
+            made=type(optimizer).__name__,
+            fix="Pass lambda model: nnx.Optimizer(model, tx, wrt=nnx.Param).",
+        )
         self._graph, state = nnx.split((model, optimizer))
         return state
 
     def advance(self, state: PyTree, batch: list[Array]) -> tuple[Mapping[str, Array], PyTree]:
         model, optimizer = nnx.merge(self._graph, state, copy=True)
-        loss = self._side.step(model, optimizer, *batch)
+        with located("Flax", self.program.names(), batch):
+            loss = self._side.step(model, optimizer, *batch)
         return {"loss": loss}, nnx.state((model, optimizer))
 
     def model(self, state: PyTree) -> nnx.Module:
@@ -202,7 +209,8 @@ class _TorchStep:
 
     def start(self, precision: Precision) -> Callable[[Batch, PyTree], Values]:
         model = at_precision(self.side.module, precision)
-        made = self._given.optimizer(model)
+        with located("PyTorch", None, ()):
+            made = self._given.optimizer(model)
         optimizer = _optimizer(made)
         names = {p: self.side.rename(n) for n, p in model.named_parameters()}
         kind = torch_dtype(precision.compute)
@@ -218,7 +226,7 @@ class _TorchStep:
             tensors = [t.to(kind) if t.is_floating_point() else t for t in tensors]
             before = copied()
             with (
-                jax.enable_x64(exact),  # as the run whose draws it takes
+                jax_at(precision),  # as the run whose draws it takes
                 replayed(self._twin.model(state), model, self._layout, draws),
                 located("PyTorch", self.side.names(), batch),
             ):
@@ -226,10 +234,7 @@ class _TorchStep:
             found = copied()
             moments = torch_state(optimizer, names)
             self.optional |= {name for name in moments if is_optional(name)}
-            buffers = {
-                f"buffer {self.side.rename(n)}": numpy_of(b).copy()
-                for n, b in model.named_buffers()
-            }
+            buffers = {f"buffer {n}": b for n, b in self.side.buffers(model).items()}
             return {"loss": _number(loss)} | found | updates(before, found) | buffers | moments
 
         return step

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -22,7 +21,7 @@ from flaxstab.parity._inputs import (
     named_leaves,
 )
 from flaxstab.parity._place import Names, located
-from flaxstab.parity._precision import EXACT, Precision
+from flaxstab.parity._precision import EXACT, Precision, jax_at
 from flaxstab.parity._replay import Draws, replayed
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class TorchSide:
     def tensors(self) -> Values:
         """Returns the module's tensors by name; of a function, none."""
         state = {} if self.module is None else self.module.state_dict()
-        return {self.rename(name): tensor.numpy() for name, tensor in state.items()}
+        return {self.rename(name): numpy_of(tensor.cpu()) for name, tensor in state.items()}
 
     def load(self, tensors: Values) -> None:
         """Gives the module other tensors of the same names; those it lacks keep their values.
@@ -124,6 +123,8 @@ class TorchSide:
         self, fed: Inputs, precision: Precision, flax: nnx.Module | None
     ) -> "Iterator[tuple[torch.nn.Module | None, list[torch.Tensor]]]":
         """Yields a copy of the module at a precision, replaying draws, and its inputs."""
+        import torch
+
         kind = torch_dtype(precision.compute)
         module = None if self.module is None else at_precision(self.module, precision)
         arrays = [torch_tensor(channels_first(a, fed.layout)) for a in fed.arrays]
@@ -133,14 +134,15 @@ class TorchSide:
             self.draws = Draws()
             replaying = replayed(flax, module, fed.layout, self.draws)
         # As the run of JAX's side whose draws are replayed.
-        with jax.enable_x64(precision.compute == np.float64), replaying:
+        with jax_at(precision), torch.enable_grad(), replaying:
             yield module, tensors
 
     def _call(
         self, module: "torch.nn.Module | None", tensors: "list[torch.Tensor]", fed: Inputs
     ) -> "Tensors":
         with located("PyTorch", self.names(), fed.arrays):
-            output = (self.function if module is None else module)(*tensors)
+            # Clones: a model may change its input in place.
+            output = (self.function if module is None else module)(*(t.clone() for t in tensors))
         outputs = named_leaves("output", output)
         _check_shapes(outputs, fed)
         return outputs
@@ -191,20 +193,24 @@ class TorchSide:
         import torch
 
         found: dict[str, np.ndarray] = {}
-        with torch.no_grad():
+        with torch.no_grad(), located("PyTorch", self.names(), fed.arrays):
             for step in range(1, max(STEPS) + 1):
                 if step > 1:
                     scale = growth(step - 1)
-                    module(*(t * scale if t.is_floating_point() else t for t in tensors))
+                    module(*(t * scale if t.is_floating_point() else t.clone() for t in tensors))
                 if step in STEPS:
-                    found |= {
-                        f"step {step} {self.rename(n)}": numpy_of(b).copy()
-                        for n, b in module.named_buffers()
-                    }
-            module.eval()
+                    found |= {f"step {step} {n}": b for n, b in self.buffers(module).items()}
+        module.eval()
+        with torch.no_grad():
             evaluated = self._call(module, tensors, fed)
-        left = {f"after evaluation {self.rename(n)}": b for n, b in module.named_buffers()}
-        return found | {n: numpy_of(b) for n, b in left.items()}, evaluated
+        left = {f"after evaluation {n}": b for n, b in self.buffers(module).items()}
+        return found | left, evaluated
+
+    def buffers(self, module: "torch.nn.Module") -> dict[str, np.ndarray]:
+        """Returns copies of a module's buffers, those that its state_dict holds."""
+        kept = module.state_dict().keys()
+        named = ((n, b) for n, b in module.named_buffers() if n in kept)
+        return {self.rename(n): numpy_of(b).copy() for n, b in named}
 
     def slope(
         self, fed: Inputs, name: str, direction: np.ndarray, flax: nnx.Module | None = None
@@ -259,17 +265,20 @@ def _check_shapes(outputs: "Tensors", fed: Inputs) -> None:
 
 
 def at_precision(module: "torch.nn.Module", precision: Precision) -> "torch.nn.Module":
-    """Returns a copy at a dtype; batch and instance norms stay in float32 at least, as ours do."""
+    """Returns a copy at a dtype; layers with running statistics stay in float32, as ours do."""
     import torch
 
     kind, stored = torch_dtype(precision.compute), torch_dtype(precision.stored)
     result = copy.deepcopy(module)
     for tensor in [*result.parameters(), *result.buffers()]:
         if tensor.is_floating_point():
+            tensor.requires_grad_(isinstance(tensor, torch.nn.Parameter))  # frozen ones, too
             tensor.data = tensor.data.to(stored).to(torch.promote_types(tensor.dtype, stored))
     result = result.to(kind)
     for layer in result.modules():
-        if isinstance(layer, torch.nn.modules.batchnorm._NormBase) and kind.itemsize < 4:
+        statistical = isinstance(layer, torch.nn.modules.batchnorm._NormBase)
+        statistical |= any(name == "running_mean" for name, _ in layer.named_buffers(recurse=False))
+        if statistical and kind.itemsize < 4:
             layer.float()
     return result
 
