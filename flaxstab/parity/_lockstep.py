@@ -217,7 +217,7 @@ class _Book:
     def add(self, step: int, finding: Finding) -> None:
         """Keeps a finding if it is worse than the one of its name, and the first failure."""
         key = finding.name, finding.dtype
-        if _gravity(finding) > 0:
+        if _gravity(finding) > 1:
             first = self.departure
             if first is None or (step == first.step and finding.excess > first.excess):
                 self.departure = Departure(step, finding.name, finding.dtype, finding.excess)
@@ -225,7 +225,7 @@ class _Book:
         old = self.findings.get(key)
         # Of a failure the first step is told, not the worst.
         if old is None or (
-            _gravity(old) < 1 and (_gravity(finding), finding.excess) > (0, old.excess)
+            _gravity(old) < 2 and (_gravity(finding), finding.excess) > (_gravity(old), old.excess)
         ):
             self.findings[key] = finding
 
@@ -286,7 +286,10 @@ def _chaotic(name: str, dtype: str) -> Finding:
 
 
 def _gravity(finding: Finding) -> int:
-    return 2 * (not finding.passed) + bool(finding.side)
+    """Returns 0 for agreement, 1 for nobody's fault, 2 and more for somebody's."""
+    if finding.verdict is Verdict.ILL_CONDITIONED:
+        return 1
+    return 2 * (not finding.passed) + 2 * bool(finding.side)
 
 
 def judge_step(

@@ -14,6 +14,9 @@ from flaxstab.parity._inputs import Values
 from flaxstab.parity._place import Names, located
 
 
+_REST = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.Intermediate))  # sown values come and go
+
+
 class Program(Protocol):
     """What is compared: pure functions of parameters, other variables and inputs."""
 
@@ -101,7 +104,9 @@ class NNXProgram:
     is_module = True
 
     def __init__(self, module: nnx.Module) -> None:
-        self.module, evaluating = nnx.clone(module), nnx.clone(module)
+        self.module = nnx.clone(module)
+        nnx.pop(self.module, nnx.Intermediate)
+        evaluating = nnx.clone(self.module)
         self.module.train()
         evaluating.eval()
         self._training, self._evaluating = nnx.graphdef(self.module), nnx.graphdef(evaluating)
@@ -113,11 +118,11 @@ class NNXProgram:
 
     def train(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
         model = nnx.merge(self._training, params, rest, copy=True)
-        return model(*inputs), nnx.state(model, nnx.Not(nnx.Param))
+        return model(*inputs), nnx.state(model, _REST)
 
     def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
         model = nnx.merge(self._evaluating, params, rest, copy=True)
-        return model(*inputs), nnx.state(model, nnx.Not(nnx.Param))
+        return model(*inputs), nnx.state(model, _REST)
 
     def load(self, tensors: Values) -> tuple[str, ...]:
         report = interop.load_state_dict(self.module, tensors, strict=False)
