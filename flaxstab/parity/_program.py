@@ -13,7 +13,6 @@ from flaxstab._typing import Array, PyTree
 from flaxstab.parity._inputs import Values
 from flaxstab.parity._place import Names, located
 
-
 _REST = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.Intermediate))  # sown values come and go
 
 
