@@ -33,6 +33,7 @@ IMAGES = normal(8, 6, 6, 8)
 ROWS = normal(16, 64)
 NEAR = normal(16, 1, offset=100.3, scale=0.1)
 PARAMETERS = (normal(4, 3), normal(5))
+NO_MASK = np.zeros((6, 6))
 CAUSAL = np.triu(np.full((6, 6), -np.inf), 1)
 Step = Callable[[list[torch.nn.Parameter]], object]
 
@@ -184,9 +185,21 @@ PIECES = (
         "flatten the batch axes first (an upstream bug: docs/upstream.md)",
     ),
     Piece(
+        "nnx.MultiHeadAttention, no mask", "MultiheadAttention",
+        layer(Attention(NO_MASK == 0), TorchAttention(NO_MASK), normal(2, 6, 16)),
+        "its softmax is in float32 whatever the inputs: pass an attention_fn of your own",
+    ),
+    Piece(
+        "nnx.Embed(9, 8)", "Embedding(9, 8)",
+        lambda: parity.compare(
+            nnx.Embed(9, 8, rngs=RNGS), torch.nn.Embedding(9, 8), np.arange(8).reshape(2, 4)
+        ),
+        "it is made with dtype=float32: float64 parameters come out as float32",
+    ),
+    Piece(
         "nnx.MultiHeadAttention, float mask", "MultiheadAttention, the same mask",
         layer(Attention(CAUSAL), TorchAttention(CAUSAL), normal(2, 6, 16)),
-        "the mask is read as booleans, of the opposite sense: pass mask == 0",
+        "the mask is read as booleans, of the opposite sense (True attends): pass mask == 0",
     ),
     Piece(
         "optax.adamw(1e-3)", "AdamW(lr=1e-3)",

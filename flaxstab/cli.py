@@ -24,16 +24,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         names = " and ".join(missing)
         return _refuse(f"{names} cannot be imported. Install them: pip install 'flaxstab[torch]'.")
-    if given.sweep:
-        return _sweep(given.sweep)
-    from flaxstab.parity._selftest import run
+    from flaxstab.parity._selftest import FAULTS, run
 
+    if given.list:
+        sys.stdout.write("\n".join(f"{fault.name:44s} {fault.claim}" for fault in FAULTS) + "\n")
+        return PASSED
+    if given.sweep is not None:
+        return _sweep(given.sweep)
     try:
-        table = run(given.seed, given.side, given.only)
+        table = run(given.seed, given.side, given.only, told=_tell)
     except ValueError as error:
         return _refuse(str(error))
     sys.stdout.write(f"{table}\n")
     return PASSED if table.passed else FAILED
+
+
+def _tell(words: str) -> None:
+    """Shows progress, apart from the table."""
+    sys.stderr.write(f"{words}\n")
+    sys.stderr.flush()
+
+
+def _seeds(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {word!r}")
+    return int(word)
 
 
 def _sweep(seeds: int) -> int:
@@ -80,11 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         "--side", choices=("jax", "torch", "both", "random"), default="random",
         help="where to plant: one side, both in turn, or a random one for each (default)",
     )  # fmt: skip
+    selftest.add_argument("--list", action="store_true", help="show the names of all faults")
     selftest.add_argument(
         "--only", nargs="+", default=(), metavar="NAME", help="plant these faults alone"
     )
     selftest.add_argument(
-        "--sweep", type=int, default=0, metavar="SEEDS",
+        "--sweep", type=_seeds, default=None, metavar="SEEDS",
         help="plant nothing: compare every sound pair on inputs of so many seeds, at means 0, 10,"
         " 100 and 1000, in float64, float32 and bfloat16 (100 seeds take about an hour)",
     )  # fmt: skip

@@ -173,10 +173,16 @@ MATMUL = {"output", "evaluation", "grad input 0", "grad weight"}
 
 @pytest.mark.usefixtures("fast_matmul")
 def test_a_fast_matmul_is_explained_and_not_called_worse() -> None:
-    report = parity.compare(linear.Linear(4, 4, rngs=nnx.Rngs(0)), torch_linear(), X)
-    assert not failures(report, "float32"), str(report)
+    """A CPU computes all matrix products exactly: what a GPU does is put in by hand."""
+
+    def product(x: jax.Array) -> jax.Array:
+        exact = jax.config.jax_default_matmul_precision == "highest"
+        return (x if exact else x.astype(jnp.bfloat16).astype(x.dtype)) @ jnp.eye(4, dtype=x.dtype)
+
+    report = parity.compare(product, torch.clone, X)
+    assert report.passed, str(report)
     words = "agrees with jax.default_matmul_precision('highest')"
-    assert {f.name for f in report.findings if words in f.explanation} == MATMUL
+    assert {f.name for f in report.findings if words in f.explanation} >= {"output", "evaluation"}
 
 
 @pytest.mark.usefixtures("fast_matmul")

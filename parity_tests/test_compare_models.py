@@ -195,9 +195,11 @@ class TorchTimes(torch.nn.Module):
 def test_a_model_without_parameters_is_compared(weights: str | None) -> None:
     report = parity.compare(Doubled(), TorchTimes(2), X, weights=weights)
     assert report.passed
-    assert not any(f.name.startswith(("grad w", "step")) for f in report.findings)
+    assert not any(f.name.startswith("grad w") for f in report.findings)
     failed = failures(parity.compare(Doubled(), TorchTimes(3), X, weights=weights))
-    assert failed == {"output", "evaluation", "grad input 0"}
+    assert failed == {
+        "output", "step 2 output", "step 10 output", "evaluation", "grad input 0"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("weights", ["torch", "flax", None])

@@ -242,7 +242,7 @@ def test_the_bound_of_a_distance_holds_for_the_exact_kolmogorov_law(discrepancy:
         (HasMean(0.1, discrepancy=0.01), 0.3),
         (IsNormal(discrepancy=0.01), 1.0),
     ],
-    ids=str,
+    ids=["cdf", "same", "mean", "normal"],
 )
 def test_samples_needed_is_within_a_third_of_the_best_possible(claim: Claim, std: float) -> None:
     """No test of a mean, even one-sided and with the central limit, needs fewer than ``best``."""

@@ -1,5 +1,6 @@
 """Trees that look like a model's variables, by PyTorch's names."""
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -42,7 +43,7 @@ class Naming:
         flat: dict[tuple[object, ...], np.ndarray] = {
             path: np.asarray(leaf[...] if isinstance(leaf, nnx.Variable) else leaf)
             for path, leaf in nnx.to_flat_state(tree)
-            if path in known
+            if path in known and isinstance(leaf, nnx.Variable | jax.Array | np.ndarray)
         }
         found: dict[str, np.ndarray] = {}
         for layer in self._layers:

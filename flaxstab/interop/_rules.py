@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -164,7 +165,15 @@ def _registered(module: nnx.Module, to_torch: ToTorch, to_flax: ToFlax) -> Entry
         values = to_flax(module, dict(zip(tensors, arrays, strict=True)))
         return tuple(np.asarray(values[name]) for name in variables)
 
-    def out(_: Arrays) -> Arrays:
-        return tuple(np.asarray(array) for array in to_torch(module).values())
+    def out(arrays: Arrays) -> Arrays:
+        other = nnx.clone(module)
+        for name, array in zip(variables, arrays, strict=True):
+            vars(other)[name][...] = jnp.asarray(array)
+        return tuple(np.asarray(array) for array in to_torch(other).values())
 
-    return Entry(variables, tuple(tensors), out, back, f"by the rule of {type(module).__name__}")
+    def gradient(arrays: Arrays) -> Arrays:
+        shifts = out(tuple(np.zeros_like(array) for array in arrays))
+        return tuple(a - b for a, b in zip(out(arrays), shifts, strict=True))
+
+    words = f"by the rule of {type(module).__name__}"
+    return Entry(variables, tuple(tensors), out, back, words, gradient=gradient)

@@ -90,6 +90,17 @@ def compare(
       kept in float32; D. S. Parker, "Monte Carlo Arithmetic", 1997, for the magnitude.
     """
     _check_options(layout, weights, dtypes)
+    check(
+        rename is None or callable(rename),
+        "rename must be a function of names",
+        rename=rename,
+        fix="Of a dict d pass lambda name: d.get(name, name).",
+    )
+    kinds = [str(interop.to_numpy(a).dtype) for a in inputs]
+    fix = "Compare real and imaginary parts, as functions of both."
+    check(
+        not any("complex" in kind for kind in kinds), "inputs must be real", fix=fix, inputs=kinds
+    )
     arrays, allowed = tuple(interop.to_numpy(a) for a in inputs), check_tolerances(tolerances)
     if isinstance(flax_side, TrainStep):
         both = _both_steps(torch_side, witness)

@@ -7,8 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike, PyTree
-from flaxstab.parity._inputs import STEPS, Inputs, Values, growth, is_float, named_leaves, round_to
+from flaxstab.parity._inputs import (
+    STEPS,
+    Inputs,
+    Values,
+    growth,
+    is_float,
+    is_integral,
+    named_leaves,
+    round_to,
+)
 from flaxstab.parity._magnitude import DRAWS, moved, rounded, sizes
 from flaxstab.parity._place import located
 from flaxstab.parity._precision import EXACT, Precision, jax_at
@@ -17,7 +27,7 @@ from flaxstab.parity._program import Program
 
 class _Compiled(NamedTuple):
     gradients: Callable[..., tuple[PyTree, ...]]
-    step: Callable[..., PyTree]
+    step: Callable[..., tuple[Mapping[str, Array], PyTree]]
     evaluate: Callable[..., tuple[Mapping[str, Array], PyTree]]
 
 
@@ -40,6 +50,8 @@ class FlaxSide:
             variables = self._variables(EXACT)
             output, _ = jax.eval_shape(self.program.train, *variables, inputs)
             leaves = named_leaves("output", output)
+        kinds = [str(a.dtype) for a in leaves.values()]
+        check(not any("complex" in k for k in kinds), "outputs must be real", outputs=kinds)
         return {n: tuple(a.shape) for n, a in leaves.items() if is_float(a)}
 
     def run(self, fed: Inputs, precision: Precision = EXACT) -> Values:
@@ -48,11 +60,11 @@ class FlaxSide:
             params, rest = self._variables(precision)
             return self._quantities(self._plain, fed, precision.compute, params, rest)
 
-    def magnitudes(self, fed: Inputs, plain: Values, precision: Precision) -> dict[str, float]:
+    def magnitudes(self, fed: Inputs, plain: Values, precision: Precision) -> Values:
         """Returns the magnitude of every quantity of a float64 run."""
         return sizes(plain, [self._moved(self._rounded, fed, i, precision) for i in range(DRAWS)])
 
-    def sensitivities(self, fed: Inputs, plain: Values, precision: Precision) -> dict[str, float]:
+    def sensitivities(self, fed: Inputs, plain: Values, precision: Precision) -> Values:
         """Returns the sensitivity of every quantity of a float64 run."""
         return sizes(plain, [self._moved(self._plain, fed, i, precision) for i in range(DRAWS)])
 
@@ -60,8 +72,10 @@ class FlaxSide:
         with jax_at(EXACT):
             params, rest = self._variables(precision)
             floats = [a for a in fed.arrays if is_float(a)]
-            params, floats, cotangents = moved((params, floats, fed.cotangents), seed)
-            given = iter(floats)
+            params, moving, cotangents = moved((params, floats, fed.cotangents), seed)
+            # Masks and classes given as floats stay: moving them would cross jumps.
+            kept = (a if is_integral(a) else b for a, b in zip(floats, moving, strict=True))
+            given = iter(kept)
             arrays = tuple(next(given) if is_float(a) else a for a in fed.arrays)
             fed = fed._replace(arrays=arrays, cotangents=cotangents)
             return self._quantities(compiled, fed, np.float64, params, rest)
@@ -94,7 +108,9 @@ class FlaxSide:
             for step in range(1, max(STEPS) + 1):
                 if step > 1:
                     grown = [_grown(x, step - 1) for x in inputs]
-                    rest = compiled.step(params, rest, grown)
+                    outputs, rest = compiled.step(params, rest, grown)
+                if step in STEPS[1:]:
+                    found |= {f"step {step} {n}": a for n, a in outputs.items()}
                 if step in STEPS:
                     found |= {f"step {step} {n}": a for n, a in named.named(rest).items()}
             evaluated, rest = compiled.evaluate(params, rest, inputs)
@@ -137,8 +153,11 @@ def _compiled(program: Program, transform: Callable[..., Callable[..., object]])
         pulled = {n: jnp.asarray(cotangents[n], a.dtype) for n, a in smooth.items()}
         return outputs, pullback(pulled), after
 
-    def step(params: PyTree, rest: PyTree, inputs: list[Array]) -> PyTree:
-        return program.train(params, rest, inputs)[1]
+    def step(
+        params: PyTree, rest: PyTree, inputs: list[Array]
+    ) -> tuple[Mapping[str, object], PyTree]:
+        output, after = program.train(params, rest, inputs)
+        return named_leaves("output", output), after
 
     def evaluate(
         params: PyTree, rest: PyTree, inputs: list[Array]
@@ -154,4 +173,6 @@ def _cast(arrays: tuple[np.ndarray, ...], dtype: DTypeLike) -> list[Array]:
 
 
 def _grown(array: Array, step: int) -> Array:
-    return array * jnp.asarray(growth(step), array.dtype) if is_float(array) else array
+    if not is_float(array) or is_integral(np.asarray(array)):
+        return array
+    return array * jnp.asarray(growth(step), array.dtype)

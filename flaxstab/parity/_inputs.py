@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
     def redrawn(self, seed: int) -> "Inputs":
         """Returns inputs a little way off (1/64 of each value) and other cotangents."""
-        rng = np.random.default_rng(seed)
+        rng = own_rng(seed)
         arrays = tuple(
             a * (1 + rng.uniform(-1, 1, a.shape) / 64) if is_float(a) else a for a in self.arrays
         )
@@ -42,9 +42,27 @@ class Inputs(NamedTuple):
         return Inputs(arrays, cotangents, self.layout)
 
 
+def own_rng(seed: int) -> np.random.Generator:
+    """Returns a generator whose draws are not those of ``default_rng(seed)``.
+
+    Callers draw their inputs from that, and a cotangent equal to the standardised input has no
+    gradient through a norm.
+
+    Args:
+      seed: as the caller gave it.
+    """
+    return np.random.default_rng((seed, 0xF1A))
+
+
 def is_float(array: np.ndarray | Array) -> bool:
     """Whether an array holds floating-point numbers, bfloat16 included."""
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def is_integral(array: np.ndarray) -> bool:
+    """Whether floating-point values are all integers or infinite, as masks and classes are."""
+    finite = array[np.isfinite(array)]
+    return bool(np.all(finite == np.round(finite)))
 
 
 def round_to(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
@@ -58,14 +76,15 @@ def growth(step: int) -> float:
 
 
 def channels_first(array: np.ndarray, layout: Layout) -> np.ndarray:
-    """Moves the last axis to 1 for ``layout='image'``."""
-    moves = layout == "image" and array.ndim > 2
+    """Moves the last axis to 1 for ``layout='image'``; integers and booleans have no channels."""
+    moves = layout == "image" and array.ndim > 2 and is_float(array)
     return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if moves else array
 
 
 def channels_last(array: np.ndarray, layout: Layout) -> np.ndarray:
     """Moves axis 1 back to the end for ``layout='image'``."""
-    return np.moveaxis(array, 1, -1) if layout == "image" and array.ndim > 2 else array
+    moves = layout == "image" and array.ndim > 2 and is_float(array)
+    return np.moveaxis(array, 1, -1) if moves else array
 
 
 def named_leaves(name: str, value: PyTree) -> dict[str, PyTree]:

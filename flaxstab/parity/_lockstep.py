@@ -48,6 +48,9 @@ class JaxSystem(Protocol):
     def named(self, state: PyTree) -> Values:
         """Returns parameters, buffers and optimizer state in PyTorch's names and layouts."""
 
+    def unnamed(self, state: PyTree) -> list[str]:
+        """Returns the floating-point parts of the state that have no name in PyTorch."""
+
 
 class TorchSystem(Protocol):
     """PyTorch's training step."""
@@ -161,6 +164,8 @@ def lockstep(
     book = _Book(tolerances, theirs.optional)
     for step, batch in enumerate(batches, 1):
         _one_step(step, tuple(round_to(a, stored) for a in batch), wide, lows, book)
+    unnamed = ours.unnamed(wide.jax.state)
+    book.notes |= dict.fromkeys(f"{where} (of no name in PyTorch)" for where in unnamed)
     for finding in repeated_draws(theirs.draws.repeated):
         book.findings[finding.name, finding.dtype] = finding
     return Report(tuple(book.findings.values()), tuple(book.notes), tolerances, book.departure)
@@ -218,9 +223,12 @@ class _Book:
         """Keeps a finding if it is worse than the one of its name, and the first failure."""
         key = finding.name, finding.dtype
         if _gravity(finding) > 1:
-            first = self.departure
-            if first is None or (step == first.step and finding.excess > first.excess):
-                self.departure = Departure(step, finding.name, finding.dtype, finding.excess)
+            found, first = (
+                Departure(step, finding.name, finding.dtype, finding.excess),
+                self.departure,
+            )
+            if first is None or (step == first.step and _order(found) < _order(first)):
+                self.departure = found
         finding = finding._replace(explanation=f"at step {step} {finding.explanation}")
         old = self.findings.get(key)
         # Of a failure the first step is told, not the worst.
@@ -231,7 +239,8 @@ class _Book:
 
     def alone(self, step: int, name: str, owner: str) -> None:
         """Notes a quantity that one side has, or finds fault with it."""
-        if name in self._optional:
+        state = name.split(" ", maxsplit=1)[0] not in ("loss", "param", "update", "buffer")
+        if name in self._optional or (state and owner == "Flax"):
             self.notes[f"{name} (only {owner} keeps it)"] = None
         else:
             self.add(step, differ(name, "float64", f"only {owner} has it"))
@@ -243,10 +252,9 @@ class _Book:
         """Judges a float64 quantity after a step."""
         spread = self._grow(name, "float64", sides[0], moves) / UNIT
         factor = factor_of(name, self._tolerances)
-        if spread * UNIT > CHAOS * largest(sides[0]):
-            self.add(step, _chaotic(name, "float64"))
-            return
         finding = judge_step(step, name, *sides, spread, factor)
+        if not finding.passed and spread * UNIT > CHAOS * max(map(largest, sides)):
+            finding = _chaotic(name, "float64")
         if not finding.passed and third is not None:
             right = [judge_step(step, name, side, third, spread, factor).passed for side in sides]
             finding = finding._replace(side=the_wrong_one(*right))
@@ -283,6 +291,16 @@ class _Book:
 def _chaotic(name: str, dtype: str) -> Finding:
     words = "perturbed runs differ by as much as it is large: this training amplifies rounding"
     return Finding(name, Verdict.ILL_CONDITIONED, dtype, 0.0, 0.0, np.inf, words)
+
+
+def _order(departure: Departure) -> tuple[int, float]:
+    """Orders what parts in one step from cause to effect, then by how far it parts."""
+    causes = ("loss", "gradient", "buffer")
+    effects = ("step", "update", "param")  # moments stand between
+    kind = departure.name.split(" ", maxsplit=1)[0]
+    if kind in causes:
+        return causes.index(kind) - len(causes), -departure.excess
+    return effects.index(kind) + 1 if kind in effects else 0, -departure.excess
 
 
 def _gravity(finding: Finding) -> int:

@@ -8,11 +8,12 @@ import numpy as np
 from jax.extend import core
 
 from flaxstab._typing import Array, PyTree
-from flaxstab.parity._inputs import is_float, largest
+from flaxstab.parity._inputs import is_float
 
 BITS = 29  # of the significand that a moved run keeps: coarse beside float64, fine beside kinks
 UNIT = 2.0**-31  # half to all of what rounding to BITS does to a value
 DRAWS = 2
+OUTLIER = 1e3  # times the first quartile: an element that moves further serves itself alone
 _CALLS = {  # operations that call a program once, and where they keep it; all others are one step
     "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "checkpoint": "jaxpr",
@@ -95,30 +96,49 @@ def moved(tree: PyTree, seed: int, unit: float = UNIT) -> PyTree:
 
 def sizes(
     plain: Mapping[str, np.ndarray], moves: Sequence[Mapping[str, np.ndarray]], unit: float = UNIT
-) -> dict[str, float]:
-    """Returns, for each quantity, its largest move in units, or its largest value if that is more.
+) -> dict[str, np.ndarray]:
+    """Returns by what each element of each quantity is judged: how far it moves, in units.
+
+    The largest move of the tensor, or its largest value, serves all its elements, for one draw
+    says little about one element. Elements that move over 1,000 times further than a quarter of
+    the others (masked scores, sentinels) serve themselves alone, or they would hide the others.
 
     Args:
       plain: quantities of the plain run, by name.
       moves: the same of each moved run.
       unit: of the moves.
     """
-    found = {}
-    for name, value in plain.items():
-        found[name] = largest(value)
-        if is_float(value):
-            with np.errstate(invalid="ignore"):  # infinity minus itself: it counts as 0
-                moved_by = [largest(run[name] - value) / unit for run in moves]
-            found[name] = max(found[name], *moved_by)
-    return found
+    return {
+        name: _shared(_moves_of(value, [run[name] for run in moves], unit))
+        for name, value in plain.items()
+    }
+
+
+def _moves_of(value: np.ndarray, moves: Sequence[np.ndarray], unit: float) -> np.ndarray:
+    """Returns each element's largest move in units, or its size; NaN and infinity count as 0."""
+    wide = np.asarray(value, np.float64)
+    sizes = [np.abs(wide)]
+    if is_float(value):
+        with np.errstate(invalid="ignore"):  # infinity minus itself
+            sizes += [np.abs(np.asarray(move, np.float64) - wide) / unit for move in moves]
+    return np.max(np.where(np.isfinite(sizes), sizes, 0.0), axis=0)
+
+
+def _shared(sizes: np.ndarray) -> np.ndarray:
+    """Returns the largest size for all elements but those that are far larger than most."""
+    positive = sizes[sizes > 0]
+    if not positive.size:
+        return sizes
+    ordinary = positive[positive <= OUTLIER * np.quantile(positive, 0.25)]
+    return np.maximum(sizes, ordinary.max())
 
 
 def _measure(compute: Compute, moving: Compute, arguments: tuple[PyTree, ...], seed: int) -> PyTree:
     plain, shape = jax.tree.flatten(compute(*arguments))
     runs = [jax.tree.leaves(moving(*moved(arguments, seed + i))) for i in range(DRAWS)]
     named = [{str(i): np.asarray(a) for i, a in enumerate(leaves)} for leaves in (plain, *runs)]
-    found = sizes(named[0], named[1:])
-    filled = [jnp.full(a.shape, found[str(i)], a.dtype) for i, a in enumerate(plain)]
+    found = {n: _moves_of(a, [run[n] for run in named[1:]], UNIT) for n, a in named[0].items()}
+    filled = [jnp.full(a.shape, found[str(i)].max(initial=0), a.dtype) for i, a in enumerate(plain)]
     return jax.tree.unflatten(shape, filled)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from flaxstab._typing import PyTree
+from flaxstab.parity._inputs import is_float
 from flaxstab.parity._torch_side import numpy_of
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ _KINDS: dict[type, dict[str, str]] = {
     optax.ScaleByRStdDevState: {"mu": "grad_avg", "nu": "square_avg"},
     optax.ScaleByRssState: {"sum_of_squares": "sum"},
 }
-
-
-_ALWAYS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
 
 
 def jax_state(state: PyTree, named: Callable[[PyTree], Mapping[str, PyTree]]) -> dict[str, PyTree]:
@@ -45,10 +43,22 @@ def jax_state(state: PyTree, named: Callable[[PyTree], Mapping[str, PyTree]]) ->
 
 
 def _nodes(state: PyTree) -> Iterator[PyTree]:
-    """Yields the states that the table knows, each kind once."""
+    """Yields the states that the table knows."""
     kinds = tuple(_KINDS)
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
-    yield from {type(node): node for node in nodes if isinstance(node, kinds)}.values()
+    yield from (node for node in nodes if isinstance(node, kinds))
+
+
+def unnamed(state: PyTree) -> list[str]:
+    """Returns where a state holds floating-point arrays that the table does not know.
+
+    Args:
+      state: an optax state of plain arrays.
+    """
+    kinds = tuple(_KINDS)
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda n: isinstance(n, kinds))
+    unknown = [path for path, leaf in leaves if not isinstance(leaf, kinds) and is_float(leaf)]
+    return [f"optimizer state{jax.tree_util.keystr(path)}" for path in unknown]
 
 
 def torch_state(
@@ -68,12 +78,3 @@ def torch_state(
         for key, value in entry.items()
         if value is not None
     }
-
-
-def is_optional(name: str) -> bool:
-    """Whether optax may do without an entry of torch's state: a step count or a rare buffer.
-
-    Args:
-      name: such as ``'exp_avg weight'``.
-    """
-    return name.split(" ", maxsplit=1)[0] not in _ALWAYS

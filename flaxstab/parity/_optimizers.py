@@ -10,9 +10,9 @@ import optax
 
 from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike, PyTree
-from flaxstab.parity._inputs import Values, is_float, round_to
+from flaxstab.parity._inputs import Values, is_float, own_rng, round_to
 from flaxstab.parity._lockstep import STEPS, Batch, lockstep, updates
-from flaxstab.parity._optimizer_state import is_optional, jax_state, torch_state
+from flaxstab.parity._optimizer_state import jax_state, torch_state, unnamed
 from flaxstab.parity._place import located
 from flaxstab.parity._precision import EXACT, Precision
 from flaxstab.parity._replay import Draws
@@ -65,7 +65,7 @@ def compare_optimizers(
 
 
 def _gradients(inputs: Sequence[np.ndarray], seed: int) -> Iterator[Batch]:
-    rng = np.random.default_rng(seed)
+    rng = own_rng(seed)
     for scale in _SCALES[:STEPS]:
         yield tuple(scale * rng.normal(0.1, 1.0, a.shape) for a in inputs)
 
@@ -90,6 +90,9 @@ class _Optax:
         if self._applies:
             return {}, (optax.apply_updates(params, changes), inner)
         return {f"gradient {i}": a for i, a in enumerate(changes)}, (params, inner)
+
+    def unnamed(self, state: PyTree) -> list[str]:
+        return unnamed(state[1])
 
     def named(self, state: PyTree) -> Values:
         params, inner = state
@@ -154,7 +157,7 @@ class _Torch:
             optimizer.step()
             found = copied()
             state = torch_state(optimizer, names)
-            self.optional |= {name for name in state if is_optional(name)}
+            self.optional.update(state)
             return found | updates(before, found) | state
 
         return step

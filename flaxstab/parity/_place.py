@@ -42,10 +42,11 @@ def located(side: str, names: Names | None, arrays: Sequence[np.ndarray | Array]
     except Exception as error:
         place = "the function" if names is None else _place(error.__traceback__, names)
         shapes = ", ".join(str(tuple(a.shape)) for a in arrays)
-        first = str(error).strip().split("\n")[0]
+        first = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(
             f"the {side} side must run on its inputs, got {type(error).__name__} in {place} "
-            f"with inputs {shapes}: {first} Check the model alone, shapes and layout=."
+            f"with inputs {shapes or 'none'}: {first}. "
+            "Check the model alone, the inputs' shapes and layout='image'."
         ) from None
 
 

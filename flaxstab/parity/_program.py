@@ -1,9 +1,10 @@
 """A Flax module, a Linen module with its variables or a JAX function as pure functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, Protocol
 
 import flax.linen
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core import unfreeze
@@ -30,8 +31,8 @@ class Program(Protocol):
     def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
         """Returns the output in evaluation mode and the other variables after it."""
 
-    def load(self, tensors: Values) -> tuple[str, ...]:
-        """Takes PyTorch's tensors; returns the names of those that it does without."""
+    def load(self, tensors: Values, optional: Collection[str] = ()) -> tuple[str, ...]:
+        """Takes PyTorch's tensors; returns the names of optional ones that it does without."""
 
     def tensors(self) -> Values:
         """Returns parameters and buffers in PyTorch's names and layouts."""
@@ -41,6 +42,9 @@ class Program(Protocol):
 
     def names(self) -> Names | None:
         """Returns how submodules are named, to say where an error came from."""
+
+    def pinned(self) -> tuple[str, ...]:
+        """Returns the submodules that compute in a dtype of their own, in words."""
 
 
 class Linen(NamedTuple):
@@ -78,8 +82,8 @@ class FunctionProgram:
     def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
         return self.train(params, rest, inputs)
 
-    def load(self, tensors: Values) -> tuple[str, ...]:
-        if tensors:
+    def load(self, tensors: Values, optional: Collection[str] = ()) -> tuple[str, ...]:
+        if tensors.keys() - optional:
             raise ValueError(
                 "a function has no parameters, got a PyTorch module with "
                 f"{', '.join(list(tensors)[:5])}. Compare it with a Flax module."
@@ -95,6 +99,9 @@ class FunctionProgram:
 
     def names(self) -> Names | None:
         return None
+
+    def pinned(self) -> tuple[str, ...]:
+        return ()
 
 
 class NNXProgram:
@@ -123,14 +130,15 @@ class NNXProgram:
         model = nnx.merge(self._evaluating, params, rest, copy=True)
         return model(*inputs), nnx.state(model, _REST)
 
-    def load(self, tensors: Values) -> tuple[str, ...]:
+    def load(self, tensors: Values, optional: Collection[str] = ()) -> tuple[str, ...]:
         report = interop.load_state_dict(self.module, tensors, strict=False)
-        if not report.complete:
+        needless = tuple(name for name in report.unexpected if name in optional)
+        if report.missing or report.mismatched or len(needless) < len(report.unexpected):
             raise ValueError(
                 f"PyTorch's weights must fit the Flax model, got {report}. Give both the same "
                 "layers, pass rename= for other names, or weights=None to load them yourself."
             )
-        return report.ignored
+        return report.ignored + needless
 
     def tensors(self) -> Values:
         return interop.state_dict(self.module)
@@ -140,6 +148,21 @@ class NNXProgram:
 
     def names(self) -> Names | None:
         return Names(nnx.Module, _nnx_name)
+
+    def pinned(self) -> tuple[str, ...]:
+        modules = interop.named_modules(self.module).items()
+        found = [f"{name or 'the model'} ({why})" for name, m in modules for why in _pins(m)]
+        return tuple(found)
+
+
+def _pins(module: nnx.Module) -> list[str]:
+    """Says how a module computes in less than its inputs' precision."""
+    dtype, found = vars(module).get("dtype"), []
+    if dtype is not None and jnp.dtype(dtype) != np.float64:
+        found.append(f"dtype={jnp.dtype(dtype).name}")
+    if vars(module).get("attention_fn") is nnx.dot_product_attention:
+        found.append("JAX's attention takes its softmax in float32")
+    return found
 
 
 def _nnx_name(root: nnx.Module, module: nnx.Module) -> str:
@@ -177,7 +200,8 @@ class LinenProgram:
         variables = {**params, **rest}  # which apply does not change, as nothing is mutable
         return self._linen.module.apply(variables, *inputs, **self._linen.evaluation), rest
 
-    def load(self, tensors: Values) -> tuple[str, ...]:
+    def load(self, tensors: Values, optional: Collection[str] = ()) -> tuple[str, ...]:
+        del optional
         loaded = interop.load_linen_state_dict(self._places, self._variables, tensors)
         self._variables, report = loaded
         return report.ignored
@@ -191,6 +215,9 @@ class LinenProgram:
 
     def names(self) -> Names | None:
         return Names(flax.linen.Module, lambda _, module: ".".join(module.path))
+
+    def pinned(self) -> tuple[str, ...]:
+        return ()
 
 
 def program(target: object, inputs: tuple[np.ndarray, ...]) -> Program:
@@ -212,9 +239,9 @@ def program(target: object, inputs: tuple[np.ndarray, ...]) -> Program:
             "a Linen module must come with its variables, got the module alone. "
             "Pass parity.Linen(module, variables)."
         )
-    if callable(target):
+    if callable(target) and not isinstance(target, type):
         return FunctionProgram(target)
     raise ValueError(
         "flax_side must be an nnx.Module, a parity.Linen, a function, an optax transformation or "
-        f"a parity.TrainStep, got {type(target).__name__}."
+        f"a parity.TrainStep, got {target!r:.60} of {type(target).__name__}. Pass an instance."
     )

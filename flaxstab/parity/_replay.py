@@ -81,9 +81,10 @@ def register_replay(module_type: type[nnx.Module], *, draw: Draw, apply: Apply) 
     Example:
       >>> class Noise(nnx.Module):
       ...     def __init__(self, std, rngs):
-      ...         self.std, self.rngs = std, rngs
+      ...         self.std, self.rngs, self.deterministic = std, rngs, False
       ...     def __call__(self, x):
-      ...         return x + self.std * self.rngs.noise.normal(x.shape)
+      ...         noise = 0 if self.deterministic else self.rngs.noise.normal(x.shape)
+      ...         return x + self.std * noise
       >>> register_replay(
       ...     Noise,
       ...     draw=lambda layer, shape: layer.rngs.noise.normal(shape),
@@ -104,6 +105,7 @@ def replayed(
     torch_model: "torch.nn.Module",
     layout: Layout = None,
     draws: Draws | None = None,
+    rename: Callable[[str], str] | None = None,
 ) -> Iterator[Draws]:
     """Gives the torch model the random draws that the Flax model would make now.
 
@@ -116,22 +118,27 @@ def replayed(
       torch_model: its twin, with layers of the same names.
       layout: ``'image'`` if torch's tensors have the channels at axis 1.
       draws: where to keep what is drawn, if masks should be new from step to step, too.
+      rename: from a torch module's name to the Flax one's.
 
     Yields:
       What is drawn: ``draws.repeated`` names layers that drew the same mask twice.
 
     Raises:
-      ValueError: if a torch dropout layer has no counterpart or another probability, is of
-        another kind, or works in place.
+      ValueError: if a torch dropout layer that drops anything has no counterpart or another
+        probability, is of another kind, or works in place; or if a Flax dropout's counterpart is
+        no ``torch.nn.Dropout``.
     """
     import torch
 
     layers, kept = interop.named_modules(flax_model), draws or Draws()
     handles = []
     for name, module in torch_model.named_modules():
-        source = layers.get(name)
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        source = layers.get(_renamed(name, rename))
+        is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
+        if (is_dropout and module.p > 0) or _rate(source) > 0:
             _check_dropout(name, module, source)
+        elif isinstance(source, Dropout | nnx.Dropout):
+            continue
         if source is not None and type(source) in _REPLAYS:
             hook = _hook(name, nnx.clone(source), layout, kept)
             handles.append(module.register_forward_hook(hook))
@@ -142,17 +149,29 @@ def replayed(
             handle.remove()
 
 
-def _check_dropout(
-    name: str, module: "torch.nn.modules.dropout._DropoutNd", source: nnx.Module | None
-) -> None:
+def _renamed(name: str, rename: Callable[[str], str] | None) -> str:
+    try:
+        return name if rename is None else rename(name)
+    except KeyError:  # a table of tensors does not know modules
+        return name
+
+
+def _rate(source: nnx.Module | None) -> float:
+    """Returns with which probability a Flax layer drops, 0 if it is no dropout."""
+    if isinstance(source, Dropout):
+        return source.p
+    return source.rate if isinstance(source, nnx.Dropout) else 0.0
+
+
+def _check_dropout(name: str, module: "torch.nn.Module", source: nnx.Module | None) -> None:
     import torch
 
-    rate = source.p if isinstance(source, Dropout) else None
-    rate = source.rate if isinstance(source, nnx.Dropout) else rate
-    if type(module) is not torch.nn.Dropout or module.inplace or rate != module.p:
+    plain = type(module) is torch.nn.Dropout and not module.inplace
+    if not plain or _rate(source) != module.p:
         raise ValueError(
             "every torch dropout must be a torch.nn.Dropout, not in place, with a flaxstab or nnx "
-            f"Dropout of its name and probability, got {name!r}: {module} and {source!r:.60}. "
+            f"Dropout of its name and probability, got {name!r}: {module} and "
+            f"{type(source).__name__} of probability {_rate(source)}. "
             "Give both the same probability, or set it to 0."
         )
 
@@ -190,6 +209,7 @@ def _hook(
         shape = (x.shape[0], *x.shape[2:], x.shape[1]) if image else tuple(x.shape)
         drawn = np.asarray(replay.draw(layer, shape))
         draws.add(name, drawn)
-        return replay.apply(module, x, torch.tensor(channels_first(drawn, layout)))
+        wide = drawn.astype(np.float64) if drawn.dtype == np.bool_ else drawn
+        return replay.apply(module, x, torch.tensor(channels_first(wide, layout)))
 
     return hook

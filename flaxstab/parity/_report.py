@@ -1,12 +1,13 @@
 """What a comparison found, and what somebody told it to overlook."""
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from flaxstab._checks import check
 from flaxstab.parity._inputs import STEPS
-from flaxstab.parity._verdict import Finding, Side, Verdict
+from flaxstab.parity._verdict import FLOAT32, Finding, Side, Verdict
 
 _SHOWN = 8  # a failure fits one screen
 _GRAVITY = (
@@ -25,6 +26,8 @@ _HINTS = (  # how the first failing quantity is called, and what usually lies be
     ("gradient", "the norm's eps, its order, and the dtype it is summed in"),
     ("param", "what the step does besides the optimizer's update"),
     ("exp_avg", "the betas, bias correction, and what is averaged: the gradient with decay or not"),
+    ("momentum_buffer", "the momentum: its decay, dampening, and what is averaged"),
+    ("max_exp_avg_sq", "what the maximum is taken of: the moment before its bias correction"),
     ("buffer", "the momentum of the statistics and whether the variance is unbiased; the mode"),
     ("output", "the first layer that differs: eps, padding, kernel layout, the kind of GELU"),
     ("grad", "stop_gradient, custom gradients, and what is treated as a constant"),
@@ -73,12 +76,14 @@ class Report(NamedTuple):
       notes: what was not compared, and why.
       tolerances: the bounds that were widened.
       departure: of two trainings, where they part; None if they do not.
+      pinned: Flax layers that compute in less than float64 whatever their inputs.
     """
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
     tolerances: tuple[Tolerance, ...] = ()
     departure: Departure | None = None
+    pinned: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -87,10 +92,15 @@ class Report(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """The gravest verdict; one ill-conditioned quantity among others that agree is no news."""
+        """The gravest verdict; ill-conditioned only if an output or the loss is, in float64."""
         found = {finding.verdict for finding in self.findings}
         if found == {Verdict.AGREE, Verdict.ILL_CONDITIONED}:
-            return Verdict.AGREE
+            blind = any(
+                f.verdict is Verdict.ILL_CONDITIONED and f.dtype == "float64"
+                for f in self.findings
+                if f.name.startswith(("output", "loss"))
+            )
+            return Verdict.ILL_CONDITIONED if blind else Verdict.AGREE
         return next((kind for kind in _GRAVITY if kind in found), Verdict.AGREE)
 
     @property
@@ -133,19 +143,24 @@ class Report(NamedTuple):
     def _hints(self, grave: list[Finding]) -> list[str]:
         """Returns where to look, by what failed first in float64, or else at rounding."""
         wide = [f.name for f in grave if f.verdict is Verdict.SEMANTICS_DIFFER]
+        small = all(f.jax_error < FLOAT32 or "dtypes" in f.explanation for f in grave)
+        if wide and small and self.pinned:
+            return [f"layers that pin a lower precision: {', '.join(self.pinned[:4])}"]
         if not wide:
             return [_ROUNDING] if grave else []
         first = wide if self.departure is None else [self.departure.name]
+        if self.departure is not None and self.departure.name.startswith("step "):
+            return ["how many steps each optimizer has counted"]
         found = (hint for start, hint in _HINTS if any(name.startswith(start) for name in first))
-        return [next(found, "the module's structure")]
+        return [next(found, f"what computes {first[0]}")]
 
 
 def _follows(finding: Finding, grave: list[Finding]) -> bool:
     """Whether a statistic after more steps repeats what was found after fewer."""
-    if not finding.name.startswith("step "):
+    found = re.fullmatch(r"step (\d+) (.+)", finding.name)
+    if found is None:
         return False
-    _, step, name = finding.name.split(" ", maxsplit=2)
-    earlier = (f"step {n} {name}" for n in STEPS if n < int(step))
+    earlier = (f"step {n} {found[2]}" for n in STEPS if n < int(found[1]))
     known = {f.name for f in grave if f.dtype == finding.dtype}
     return any(other in known for other in earlier)
 

@@ -1,9 +1,11 @@
 """Whole training steps of a Flax model and its PyTorch twin, side by side."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,7 +17,7 @@ from flaxstab.parity._flax_side import stored_as
 from flaxstab.parity._inputs import Layout, Values, channels_first, growth, is_float
 from flaxstab.parity._lockstep import STEPS, Batch, lockstep, updates
 from flaxstab.parity._models import Weights, carry
-from flaxstab.parity._optimizer_state import is_optional, jax_state, torch_state
+from flaxstab.parity._optimizer_state import jax_state, torch_state, unnamed
 from flaxstab.parity._place import located
 from flaxstab.parity._precision import Precision, jax_at
 from flaxstab.parity._program import NNXProgram
@@ -117,6 +119,9 @@ def trajectory(
       >>> trajectory(ours, theirs, [[numpy.eye(3)]], steps=20).passed
       True
     """
+    both = isinstance(flax_side, TrainStep) and isinstance(torch_side, TrainStep)
+    given = f"{type(flax_side).__name__} and {type(torch_side).__name__}"
+    check(both, "both sides must be a parity.TrainStep", sides=given)
     check_positive(steps=steps)
     allowed = check_tolerances(tolerances)
     kinds = [jnp.dtype(kind).name for kind in dtypes]
@@ -140,8 +145,10 @@ def trajectory(
 
 
 def ten_batches(batch: Batch) -> list[Batch]:
-    """Returns batches of one meaning whose floating-point values grow from step to step."""
-    return [tuple(a * growth(step) if is_float(a) else a for a in batch) for step in range(STEPS)]
+    """Returns batches whose first array grows from step to step, if it is floating-point."""
+    first, *others = batch
+    grown = [first * growth(step) if is_float(first) else first for step in range(STEPS)]
+    return [(array, *others) for array in grown]
 
 
 class _FlaxStep:
@@ -175,11 +182,20 @@ class _FlaxStep:
         model, optimizer = nnx.merge(self._graph, state, copy=True)
         with located("Flax", self.program.names(), batch):
             loss = self._side.step(model, optimizer, *batch)
+        check(
+            isinstance(loss, jax.Array) and loss.shape == (),
+            "a training step must return the loss, a scalar array",
+            returned=type(loss).__name__,
+        )
         return {"loss": loss}, nnx.state((model, optimizer))
 
     def model(self, state: PyTree) -> nnx.Module:
         """Returns the model of a state."""
         return nnx.merge(self._graph, state, copy=True)[0]
+
+    def unnamed(self, state: PyTree) -> list[str]:
+        _, optimizer = nnx.merge(self._graph, state, copy=True)
+        return unnamed(nnx.as_pure(optimizer.opt_state))
 
     def named(self, state: PyTree) -> Values:
         model, optimizer = nnx.merge(self._graph, state, copy=True)
@@ -188,7 +204,8 @@ class _FlaxStep:
             f"param {n}": a for n, a in named(nnx.state(model, nnx.Param)).items()
         }
         found |= {f"buffer {n}": a for n, a in named(nnx.state(model, nnx.Not(nnx.Param))).items()}
-        return found | jax_state(nnx.as_pure(optimizer.opt_state), named)
+        moments = functools.partial(named, gradients=True)  # they travel as gradients do
+        return found | jax_state(nnx.as_pure(optimizer.opt_state), moments)
 
 
 class _TorchStep:
@@ -227,13 +244,13 @@ class _TorchStep:
             before = copied()
             with (
                 jax_at(precision),  # as the run whose draws it takes
-                replayed(self._twin.model(state), model, self._layout, draws),
+                replayed(self._twin.model(state), model, self._layout, draws, self.side.rename),
                 located("PyTorch", self.side.names(), batch),
             ):
                 loss = self._given.step(model, made, *tensors)
             found = copied()
             moments = torch_state(optimizer, names)
-            self.optional |= {name for name in moments if is_optional(name)}
+            self.optional.update(moments)
             buffers = {f"buffer {n}": b for n, b in self.side.buffers(model).items()}
             return {"loss": _number(loss)} | found | updates(before, found) | buffers | moments
 

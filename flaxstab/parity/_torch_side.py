@@ -1,6 +1,7 @@
 """Runs a PyTorch module or function at any precision."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from flaxstab.parity._inputs import (
     channels_first,
     channels_last,
     growth,
+    is_integral,
     named_leaves,
 )
 from flaxstab.parity._place import Names, located
@@ -57,9 +59,10 @@ class TorchSide:
     ) -> None:
         import torch
 
-        if not callable(target):
+        if not callable(target) or isinstance(target, type):
             raise ValueError(
-                f"torch_side must be a torch.nn.Module or a function, got {type(target).__name__}."
+                "torch_side must be a torch.nn.Module or a function, got "
+                f"{target!r:.60} of {type(target).__name__}. Pass an instance."
             )
         self.function = target
         self.module = copy.deepcopy(target) if isinstance(target, torch.nn.Module) else None
@@ -72,6 +75,13 @@ class TorchSide:
         """Returns the module's tensors by name; of a function, none."""
         state = {} if self.module is None else self.module.state_dict()
         return {self.rename(name): numpy_of(tensor.cpu()) for name, tensor in state.items()}
+
+    def buffer_names(self) -> set[str]:
+        """Returns the names of the module's tensors that are no parameters."""
+        if self.module is None:
+            return set()
+        params = {self.rename(name) for name, _ in self.module.named_parameters()}
+        return self.tensors().keys() - params
 
     def load(self, tensors: Values) -> None:
         """Gives the module other tensors of the same names; those it lacks keep their values.
@@ -88,7 +98,8 @@ class TorchSide:
             for name, array in tensors.items()
             if name not in own or tuple(own[name].shape) != array.shape
         ]
-        wrong += [f"none for {name}" for name in own if name not in tensors and "num_b" not in name]
+        absent = own.keys() - tensors.keys() - self.buffer_names()
+        wrong += [f"none for {name}" for name in sorted(absent)]
         if wrong:
             raise ValueError(
                 f"the Flax weights must fit the PyTorch module, got {', '.join(wrong[:5])}. "
@@ -132,7 +143,7 @@ class TorchSide:
         replaying: AbstractContextManager[object] = nullcontext()
         if flax is not None and module is not None:
             self.draws = Draws()
-            replaying = replayed(flax, module, fed.layout, self.draws)
+            replaying = replayed(flax, module, fed.layout, self.draws, self.rename)
         # As the run of JAX's side whose draws are replayed.
         with jax_at(precision), torch.enable_grad(), replaying:
             yield module, tensors
@@ -144,7 +155,7 @@ class TorchSide:
             # Clones: a model may change its input in place.
             output = (self.function if module is None else module)(*(t.clone() for t in tensors))
         outputs = named_leaves("output", output)
-        _check_shapes(outputs, fed)
+        _check_outputs(outputs, fed)
         return outputs
 
     def names(self) -> Names | None:
@@ -193,11 +204,12 @@ class TorchSide:
         import torch
 
         found: dict[str, np.ndarray] = {}
-        with torch.no_grad(), located("PyTorch", self.names(), fed.arrays):
+        with torch.no_grad():
             for step in range(1, max(STEPS) + 1):
                 if step > 1:
-                    scale = growth(step - 1)
-                    module(*(t * scale if t.is_floating_point() else t.clone() for t in tensors))
+                    outputs = self._call(module, [_grown(t, step - 1) for t in tensors], fed)
+                    late = {n: channels_last(numpy_of(a), fed.layout) for n, a in outputs.items()}
+                    found |= {f"step {step} {n}": a for n, a in late.items() if step in STEPS}
                 if step in STEPS:
                     found |= {f"step {step} {n}": b for n, b in self.buffers(module).items()}
         module.eval()
@@ -215,7 +227,7 @@ class TorchSide:
     def slope(
         self, fed: Inputs, name: str, direction: np.ndarray, flax: nnx.Module | None = None
     ) -> float:
-        """Returns the slope of <cotangents, outputs> along a direction, in float64.
+        """Returns the slope of <cotangents, outputs> along a direction, in float64; NaN at a kink.
 
         Args:
           fed: the inputs.
@@ -225,7 +237,7 @@ class TorchSide:
         """
         totals, step = [], 0.0
         layout: Layout = fed.layout if name.startswith("grad input ") else None
-        for sign in (-1, 1):
+        for sign in (-1, 0, 1):
             with self._ready(fed, EXACT, flax) as (module, tensors):
                 moving = self._variable(module, tensors, name).detach()  # of the same memory
                 step = 1e-5 * max(float(moving.abs().max()), 1e-3)
@@ -235,7 +247,9 @@ class TorchSide:
                     (outputs[n], channels_first(c, fed.layout)) for n, c in fed.cotangents.items()
                 ]
                 totals.append(sum(float((a.detach() * torch_tensor(c)).sum()) for a, c in pairs))
-        return (totals[1] - totals[0]) / (2 * step)
+        before, after = ((b - a) / step for a, b in itertools.pairwise(totals))
+        kink = abs(after - before) > 1e-2 * max(abs(before), abs(after))
+        return np.nan if kink else (before + after) / 2
 
     def _variable(
         self, module: "torch.nn.Module | None", tensors: "list[torch.Tensor]", name: str
@@ -246,8 +260,16 @@ class TorchSide:
         return next(p for n, p in named.items() if f"grad {self.rename(n)}" == name)
 
 
-def _check_shapes(outputs: "Tensors", fed: Inputs) -> None:
-    """Refuses outputs whose names or shapes differ from Flax's."""
+def _check_outputs(outputs: "Tensors", fed: Inputs) -> None:
+    """Refuses outputs that are no tensors, or whose names or shapes differ from Flax's."""
+    import torch
+
+    for name, value in outputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"PyTorch's outputs must be tensors, got {name} of {type(value).__name__}. "
+                "Wrap that side to return tensors."
+            )
     if not fed.cotangents.keys() <= outputs.keys():
         raise ValueError(
             f"both sides must return the same structure, got {', '.join(fed.cotangents)} from "
@@ -262,6 +284,11 @@ def _check_shapes(outputs: "Tensors", fed: Inputs) -> None:
                 f"(in torch's layout) and {tuple(outputs[name].shape)} from PyTorch. "
                 "For images pass layout='image'."
             )
+
+
+def _grown(tensor: "torch.Tensor", step: int) -> "torch.Tensor":
+    still = not tensor.is_floating_point() or is_integral(numpy_of(tensor))
+    return tensor if still else tensor * growth(step)
 
 
 def at_precision(module: "torch.nn.Module", precision: Precision) -> "torch.nn.Module":

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxstab._typing import DTypeLike
-from flaxstab.parity._inputs import largest
+from flaxstab.parity._inputs import is_float, largest
 
 SEMANTICS = 1e-12  # of the magnitude, in float64: 4,500 eps (DESIGN, "How parity is judged")
+FLOAT32 = 1e-6  # differences below it, and far above those of float64, are float32's
 BLIND = 1e-6  # of a quantity's size: a float64 bound above this compares fewer than 6 digits
 
 Side = Literal["jax", "torch", ""]
@@ -74,7 +75,11 @@ def repeated_draws(names: Iterable[str]) -> list[Finding]:
 
 
 def judge_semantics(
-    name: str, ours: np.ndarray, theirs: np.ndarray, magnitude: float, factor: float = 1.0
+    name: str,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    magnitude: float | np.ndarray,
+    factor: float = 1.0,
 ) -> Finding:
     """Judges a float64 quantity: both sides must agree to 1e-12 of its magnitude.
 
@@ -82,23 +87,44 @@ def judge_semantics(
       name: the quantity.
       ours: JAX's value.
       theirs: PyTorch's value.
-      magnitude: M of the quantity.
+      magnitude: M of the quantity, or of each element.
       factor: by which somebody, with a reason, widens the bound.
     """
     mismatch = places_that_differ(ours, theirs)
     if mismatch:
         return differ(name, "float64", mismatch)
-    error = _ratio(distance_between(ours, theirs), magnitude)
+    if is_float(ours) != is_float(theirs):
+        return differ(name, "float64", f"the dtypes differ: {ours.dtype} and {theirs.dtype}")
+    if not is_float(ours):
+        equal = np.array_equal(ours, theirs)
+        words = "integers are equal" if equal else "integers differ"
+        kind = Verdict.AGREE if equal else Verdict.SEMANTICS_DIFFER
+        return Finding(name, kind, "float64", *((0.0, 0.0) if equal else (np.inf,) * 2), 1.0, words)
+    units = np.broadcast_to(np.asarray(magnitude, np.float64), ours.shape)
+    error, worst = _worst(gaps(ours, theirs), units)
     bound = SEMANTICS * factor
-    words = f"the sides differ by {error:.1e} of the magnitude {magnitude:.1e} in float64"
+    words = f"the sides differ by {error:.1e} of the magnitude {worst:.1e} in float64"
     if not error <= bound:  # also for NaN
         kind = Verdict.SEMANTICS_DIFFER
+        if 1e-11 < error < FLOAT32:
+            words += " (something rounds to float32: a constant, dtype=, a softmax?)"
         return Finding(name, kind, "float64", error, error, bound, words)
-    size, kind = largest(theirs), Verdict.AGREE
-    if bound * magnitude > BLIND * size:
-        kind = Verdict.ILL_CONDITIONED
-        words = _cancelling(size, magnitude)
-    return Finding(name, kind, "float64", error, error, bound, words)
+    return _agreeing(
+        Finding(name, Verdict.AGREE, "float64", error, error, bound, words), theirs, units
+    )
+
+
+def _agreeing(finding: Finding, theirs: np.ndarray, units: np.ndarray) -> Finding:
+    """Returns a finding of agreement, or that there was little or nothing to agree on."""
+    if theirs.size and not np.isfinite(np.asarray(theirs, np.float64)).any():
+        kind, words = Verdict.ILL_CONDITIONED, "no element is finite on either side"
+        return finding._replace(verdict=kind, explanation=words)
+    common = float(units.min(initial=np.inf))  # that of all but far larger elements
+    size = largest(np.where(units <= common, np.asarray(theirs, np.float64), 0))
+    if theirs.size and finding.bound * common > BLIND * size:
+        kind, words = Verdict.ILL_CONDITIONED, _cancelling(size, common)
+        return finding._replace(verdict=kind, explanation=words)
+    return finding
 
 
 def _cancelling(size: float, magnitude: float) -> str:
@@ -116,7 +142,7 @@ def judge_numerics(
     ours: np.ndarray,
     theirs: np.ndarray,
     oracles: tuple[np.ndarray, np.ndarray],
-    sensitivity: float,
+    sensitivity: float | np.ndarray,
     dtype: DTypeLike,
     factor: float = 1.0,
     slack: float = 2.0,
@@ -128,7 +154,7 @@ def judge_numerics(
       ours: JAX's value at the dtype.
       theirs: PyTorch's value at the dtype.
       oracles: the float64 value of JAX's program and of PyTorch's, for the same inputs.
-      sensitivity: of the quantity to its inputs.
+      sensitivity: of the quantity, or of each element, to the inputs.
       dtype: the precision judged.
       factor: by which somebody, with a reason, widens the bound.
       slack: the eps of the sensitivity that are allowed beside twice the other side's error.
@@ -137,12 +163,14 @@ def judge_numerics(
     if ours.shape != oracles[0].shape or theirs.shape != oracles[1].shape:
         return differ(name, label, f"the shapes differ: {ours.shape} and {theirs.shape}")
     eps = float(jnp.finfo(dtype).eps)
-    # NaN or infinity that float64 does not have is an error without bound, of that side.
+    units = eps * np.broadcast_to(np.asarray(sensitivity, np.float64), oracles[0].shape)
+    # NaN or infinity that float64 does not have is an error without bound, of the side that has
+    # it alone; where both have it, the other elements are judged.
+    spoiled = [_spoiled(ours, oracles[0]), _spoiled(theirs, oracles[1])]
+    both = spoiled[0] & spoiled[1]
     jax_error, torch_error = (
-        np.inf
-        if places_that_differ(side, oracle)
-        else _ratio(distance_between(side, oracle), eps * sensitivity)
-        for side, oracle in zip((ours, theirs), oracles, strict=True)
+        np.inf if (bad & ~both).any() else _worst(gaps(side, oracle), units)[0]
+        for side, oracle, bad in zip((ours, theirs), oracles, spoiled, strict=True)
     )
     bound = factor * (2 * torch_error + slack)
     words = (
@@ -154,7 +182,9 @@ def judge_numerics(
         return finding._replace(verdict=Verdict.JAX_WORSE, side="jax")
     if torch_error > factor * (2 * jax_error + slack):
         return finding._replace(verdict=Verdict.TORCH_WORSE, side="torch")
-    if 2 * eps * sensitivity > max(largest(oracles[0]), np.finfo(np.float64).tiny):
+    if _agreeing(finding, oracles[0], units).explanation.startswith("no element"):
+        return _agreeing(finding, oracles[0], units)
+    if 2 * units.min(initial=0) > max(largest(oracles[0]), np.finfo(np.float64).tiny):
         words = f"rounding the inputs to {label} alone moves it by more than its own size"
         return finding._replace(verdict=Verdict.ILL_CONDITIONED, explanation=words)
     return finding
@@ -182,8 +212,31 @@ def _ratio(distance: float, unit: float) -> float:
     return distance / unit if unit else (np.inf if distance else 0.0)
 
 
-def distance_between(a: np.ndarray, b: np.ndarray) -> float:
-    """Returns the largest absolute difference of elements that are finite on both sides."""
+def _worst(gap: np.ndarray, units: np.ndarray) -> tuple[float, float]:
+    """Returns the largest gap in units, and the unit there."""
+    if not gap.size:
+        return 0.0, 0.0
+    safe = np.where(units > 0, units, 1.0)
+    ratios = np.where(units > 0, gap / safe, np.where(gap > 0, np.inf, 0.0))
+    ratios = np.where(np.isnan(units), np.nan, ratios)
+    place = int(np.argmax(ratios))  # NaN counts as the largest
+    return float(ratios.flat[place]), float(units.flat[place])
+
+
+def _spoiled(side: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+    """Returns where a side has NaN or infinity that its float64 run has not, or the reverse."""
+    a, b = np.asarray(side, np.float64), np.asarray(oracle, np.float64)
+    infinite = np.where(np.isinf(a), a, 0) != np.where(np.isinf(b), b, 0)
+    return infinite | (np.isnan(a) != np.isnan(b))
+
+
+def gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns absolute differences, 0 where either side is not finite."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     finite = np.isfinite(a) & np.isfinite(b)
-    return float(np.max(np.abs(np.subtract(a, b, where=finite, out=np.zeros(a.shape))), initial=0))
+    return np.abs(np.subtract(a, b, where=finite, out=np.zeros(a.shape)))
+
+
+def distance_between(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns the largest absolute difference of elements that are finite on both sides."""
+    return float(np.max(gaps(a, b), initial=0))

@@ -2,6 +2,7 @@
 
 from flaxstab.parity._selftest._plant import Fault as Fault
 from flaxstab.parity._selftest._plant import Sides as Sides
+from flaxstab.parity._selftest._run import FAULTS as FAULTS
 from flaxstab.parity._selftest._run import run as run
 from flaxstab.parity._selftest._sweep import sound_pairs as sound_pairs
 from flaxstab.parity._selftest._sweep import sweep as sweep

@@ -110,7 +110,7 @@ _AFFINE = [
         _torch_linear(lambda layer, x: (x @ layer.weight.T + layer.bias) * (1 + 1e-9)),
     ),
     Fault(
-        "input changed in place", "an input is left as it is", "linear", "evaluation",
+        "input changed in place", "an input is left as it is", "linear", "grad weight",
         None,  # JAX's arrays do not change
         _torch_in_place,
     ),

@@ -1,6 +1,7 @@
 """Plants every fault, compares, and collects what was found and on which side."""
 
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Literal
 
 import numpy as np
@@ -34,6 +35,7 @@ def run(
     only: Sequence[str] = (),
     *,
     faults: Sequence[Fault] = (*FAULTS, *LIMITS),
+    told: Callable[[str], None] = lambda _: None,
 ) -> Table:
     """Plants every fault once, and runs every case that it takes without a fault.
 
@@ -43,6 +45,7 @@ def run(
         Faults that one side cannot have are listed where they are left out.
       only: names of faults; all if empty.
       faults: the table of faults.
+      told: is told what is being done.
 
     Returns:
       What was found.
@@ -54,19 +57,20 @@ def run(
     check(side in choices, "side must be 'jax', 'torch', 'both' or 'random'", side=side)
     known = {fault.name: fault for fault in faults}
     for name in only:
-        fix = "flaxstab parity selftest without --only shows all names."
+        near = get_close_matches(name, known, n=3, cutoff=0.4)
+        fix = f"Near: {', '.join(near) or 'none'}. flaxstab parity selftest --list shows all."
         check(name in known, "only must be the name of a fault", fix=fix, only=name)
     chosen = [known[name] for name in dict.fromkeys(only)] if only else list(faults)
     rng, build = np.random.default_rng(seed), cases()
     clean = {case: look(build[case](), seed) for case in dict.fromkeys(f.case for f in chosen)}
     planted = [(fault, place) for fault in chosen for place in _places(fault, side, rng)]
-    outcomes = tuple(
-        _outcome(f, place, _look_at(f, place, build[f.case], seed), clean[f.case])
-        for f, place in planted
-    )
+    outcomes = []
+    for number, (f, place) in enumerate(planted, 1):
+        told(f"{number}/{len(planted)} {f.name} ({place})")
+        outcomes.append(_outcome(f, place, _look_at(f, place, build[f.case], seed), clean[f.case]))
     absent = {fault.name for fault in chosen} - {fault.name for fault, _ in planted}
     quiet = tuple(_clean(case, seen) for case, seen in clean.items())
-    return Table(outcomes, quiet, tuple(sorted(absent)))
+    return Table(tuple(outcomes), quiet, tuple(sorted(absent)))
 
 
 def _places(fault: Fault, side: SideChoice, rng: np.random.Generator) -> list[str]:
