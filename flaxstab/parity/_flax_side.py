@@ -19,7 +19,7 @@ from flaxstab.parity._inputs import (
     named_leaves,
     round_to,
 )
-from flaxstab.parity._magnitude import DRAWS, moved, rounded, sizes
+from flaxstab.parity._magnitude import DRAWS, UNIT, moved, rounded, sizes
 from flaxstab.parity._place import located
 from flaxstab.parity._precision import EXACT, Precision, jax_at
 from flaxstab.parity._program import Program
@@ -68,11 +68,26 @@ class FlaxSide:
         """Returns the sensitivity of every quantity of a float64 run."""
         return sizes(plain, [self._moved(self._plain, fed, i, precision) for i in range(DRAWS)])
 
-    def _moved(self, compiled: _Compiled, fed: Inputs, seed: int, precision: Precision) -> Values:
+    def spreads(self, fed: Inputs, plain: Values, precision: Precision, dtype: DTypeLike) -> Values:
+        """Returns how far every quantity moves, in eps, if every operation rounds to a dtype."""
+        info = jnp.finfo(dtype)
+        compiled = _compiled(self.program, lambda function: rounded(function, info.nmant))
+        unit = float(info.eps)
+        runs = [self._moved(compiled, fed, i, precision, unit) for i in range(DRAWS)]
+        return sizes(plain, runs, unit)
+
+    def _moved(
+        self,
+        compiled: _Compiled,
+        fed: Inputs,
+        seed: int,
+        precision: Precision,
+        unit: float = UNIT,
+    ) -> Values:
         with jax_at(EXACT):
             params, rest = self._variables(precision)
             floats = [a for a in fed.arrays if is_float(a)]
-            params, moving, cotangents = moved((params, floats, fed.cotangents), seed)
+            params, moving, cotangents = moved((params, floats, fed.cotangents), seed, unit)
             # Masks and classes given as floats stay: moving them would cross jumps.
             kept = (a if is_integral(a) else b for a, b in zip(floats, moving, strict=True))
             given = iter(kept)
