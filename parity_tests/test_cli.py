@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,8 @@ def test_the_exit_code_tells_whether_the_self_test_passed(
 ) -> None:
     given = []
 
-    def run(*arguments: object) -> Table:
+    def run(*arguments: object, told: Callable[[str], None]) -> Table:
+        told("1/1 a fault")
         given.append(arguments)
         return Table((), (Clean("gelu", alarms, 0.5),))
 

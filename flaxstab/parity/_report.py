@@ -156,13 +156,13 @@ class Report(NamedTuple):
 
 
 def _follows(finding: Finding, grave: list[Finding]) -> bool:
-    """Whether a statistic after more steps repeats what was found after fewer."""
-    found = re.fullmatch(r"step (\d+) (.+)", finding.name)
+    """Whether something after more steps repeats what was found after fewer."""
+    found = re.fullmatch(r"(?:step (\d+)|after evaluation) (.+)", finding.name)
     if found is None:
         return False
-    earlier = (f"step {n} {found[2]}" for n in STEPS if n < int(found[1]))
-    known = {f.name for f in grave if f.dtype == finding.dtype}
-    return any(other in known for other in earlier)
+    last = int(found[1] or max(STEPS) + 1)
+    earlier = {found[2], *(f"step {n} {found[2]}" for n in STEPS if n < last)}
+    return any(f.name in earlier and f.dtype == finding.dtype for f in grave)
 
 
 def _line(finding: Finding) -> str:
