@@ -168,7 +168,7 @@ def _registered(module: nnx.Module, to_torch: ToTorch, to_flax: ToFlax) -> Entry
     def out(arrays: Arrays) -> Arrays:
         other = nnx.clone(module)
         for name, array in zip(variables, arrays, strict=True):
-            vars(other)[name][...] = jnp.asarray(array)
+            setattr(other, name, type(vars(module)[name])(jnp.asarray(array)))
         return tuple(np.asarray(array) for array in to_torch(other).values())
 
     def gradient(arrays: Arrays) -> Arrays:
