@@ -1,5 +1,7 @@
 """Faults that could hide, and sound pairs that could alarm: each was found by a reviewer once."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from flax import nnx
 from torch import Tensor
 
 from flaxstab import dropout, interop, linear, norms, parity
+from flaxstab.interop._rules import RULES
 from flaxstab.parity import Verdict
 from parity_tests.support.cases import values
 from parity_tests.support.pairs import failures, refusal
@@ -152,13 +155,18 @@ class TorchScale(torch.nn.Module):
         return x * self.gain + (self.factor - 1) * (self.gain - self.gain.detach())
 
 
-interop.register(
-    Scale,
-    to_torch=lambda module: {"gain": np.asarray(module.gain[...])},
-    to_flax=lambda _, tensors: {"gain": tensors["gain"]},
-)
+@pytest.fixture
+def registered() -> Iterator[None]:
+    interop.register(
+        Scale,
+        to_torch=lambda module: {"gain": np.asarray(module.gain[...])},
+        to_flax=lambda _, tensors: {"gain": tensors["gain"]},
+    )
+    yield
+    del RULES[Scale]
 
 
+@pytest.mark.usefixtures("registered")
 def test_gradients_of_registered_types_are_compared() -> None:
     assert parity.compare(Scale(), TorchScale(), X).passed
     wrong = parity.compare(Scale(), TorchScale(1.5), X, dtypes=())

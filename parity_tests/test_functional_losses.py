@@ -155,7 +155,8 @@ def test_cross_entropy_is_as_precise_as_torchs(labels: np.ndarray) -> None:
         factors = torch.tensor(weight).to(x.dtype)
         return F.cross_entropy(x.movedim(-1, 1), target, factors, label_smoothing=0.1)
 
-    ours = _ours(labels, weight, label_smoothing=0.1)
+    narrow = labels if labels is SOFT else labels.astype("int32")  # x64 comes and goes here
+    ours = _ours(narrow, weight, label_smoothing=0.1)
     report = compare(ours, theirs, LOGITS, dtypes=(np.float32, jnp.bfloat16))
     assert report.passed, str(report)
 
@@ -224,6 +225,8 @@ def test_gelu_is_as_precise_as_torchs() -> None:
 def test_known_labels_may_stand_in_a_jitted_function() -> None:
     logits, labels = jnp.asarray(values(4, 3)), jnp.array([0, 2, -100, 1])
     loss = jax.jit(lambda x: functional.cross_entropy(x, labels))(logits)
-    assert float(loss) == float(jax.jit(functional.cross_entropy)(logits, labels))
+    expected = jax.jit(functional.cross_entropy)(logits, labels)
+    assert abs(loss - expected) <= 4 * jnp.finfo(jnp.float32).eps * expected  # of four terms
+    beyond = labels + 1
     with pytest.raises(ValueError, match="labels must lie in"):
-        jax.jit(lambda x: functional.cross_entropy(x, labels + 1))(logits)
+        jax.jit(lambda x: functional.cross_entropy(x, beyond))(logits)

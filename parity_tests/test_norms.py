@@ -11,7 +11,7 @@ from flax import nnx
 
 import torch_ref.norms
 from flaxstab import interop, norms
-from flaxstab.parity import compare
+from flaxstab.parity import Tolerance, compare
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same
 
@@ -35,8 +35,12 @@ def assert_parity(
     *shape: int,
     layout: str | None = "image",
     dtypes: tuple[object, ...] = (),
+    tolerances: tuple[Tolerance, ...] = (),
 ) -> None:
-    report = compare(ours, randomised(theirs), values(*shape), layout=layout, dtypes=dtypes)
+    report = compare(
+        ours, randomised(theirs), values(*shape),
+        layout=layout, dtypes=dtypes, tolerances=tolerances,
+    )  # fmt: skip
     assert report.passed, str(report)
 
 
@@ -74,7 +78,10 @@ def test_batch_norm_of_two_values_is_torchs() -> None:
 
 def test_batch_norm_is_as_precise_as_torchs() -> None:
     ours, theirs = norms.BatchNorm(C), torch.nn.BatchNorm2d(C)
-    assert_parity(ours, theirs, 6, 8, 8, C, dtypes=PLAIN)
+    # 3.3 eps in float32: the plain sum of 384 cotangents.
+    why = "XLA's CPU backend adds one term after the other, PyTorch in pairs"
+    sums = (Tolerance("grad bias", 2, why),)
+    assert_parity(ours, theirs, 6, 8, 8, C, dtypes=PLAIN, tolerances=sums)
 
 
 def test_ghost_batch_norm_is_document_2s() -> None:
