@@ -31,6 +31,11 @@ def wide(kind: np.dtype) -> np.dtype:
     return np.dtype(np.float64) if kind.itemsize == 8 else np.dtype(np.float32)
 
 
+def held(x: float, kind: np.dtype) -> np.generic:
+    """Returns a number in a dtype; rounded to float32 on the way to 16 bits, as by PyTorch."""
+    return kind.type(wide(kind).type(x))
+
+
 def dimensions(shape: Shape | int) -> Shape:
     """Returns a shape as a tuple.
 

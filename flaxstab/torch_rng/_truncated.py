@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from flaxstab._typing import Shape
-from flaxstab.torch_rng._arrays import Floats, wide
+from flaxstab.torch_rng._arrays import Floats, held, wide
 
 _ENOUGH = 0.3  # more than this inside the bounds: reject normals; else reject uniforms
 
@@ -47,7 +47,7 @@ def by_rejection(source: Source, shape: Shape, law: Law, kind: np.dtype) -> np.n
 
 
 def _normals(source: Source, shape: Shape, law: Law, kind: np.dtype) -> np.ndarray:
-    low, high = kind.type(law.a), kind.type(law.b)
+    low, high = held(law.a, kind), held(law.b, kind)
     values = source.normal(shape, law.mean, law.std, kind)
     while (outside := (values < low) | (values > high)).any():
         values = np.where(outside, source.normal(shape, law.mean, law.std, kind), values)
@@ -76,10 +76,10 @@ def _log_density(values: np.ndarray, law: Law) -> Floats:
     scalar = wide(kind).type
     mode = max(law.a, min(law.mean, law.b))
     peak = -0.5 * ((mode - law.mean) / law.std) ** 2
-    distance = _rounded(values.astype(scalar) - scalar(kind.type(law.mean)), kind)
+    distance = _rounded(values.astype(scalar) - scalar(held(law.mean, kind)), kind)
     distance = _rounded(distance / scalar(law.std), kind)
     exponent = _rounded(_rounded(distance * distance, kind) * scalar(-0.5), kind)
-    return _rounded(exponent - scalar(kind.type(peak)), kind)
+    return _rounded(exponent - scalar(held(peak, kind)), kind)
 
 
 def by_inverse(source: Source, shape: Shape, law: Law, kind: np.dtype) -> np.ndarray:
@@ -89,8 +89,8 @@ def by_inverse(source: Source, shape: Shape, law: Law, kind: np.dtype) -> np.nda
     quantiles = source.uniform(shape, low, high, kind).astype(np.float64)
     normals = _rounded(_erfinv(quantiles), kind)
     scaled = _rounded(normals * scalar(law.std * math.sqrt(2)), kind)
-    shifted = _rounded(scaled + scalar(kind.type(law.mean)), kind)
-    return np.clip(shifted, scalar(kind.type(law.a)), scalar(kind.type(law.b))).astype(kind)
+    shifted = _rounded(scaled + scalar(held(law.mean, kind)), kind)
+    return np.clip(shifted, scalar(held(law.a, kind)), scalar(held(law.b, kind))).astype(kind)
 
 
 def _erfinv(x: np.ndarray) -> np.ndarray:
