@@ -234,13 +234,18 @@ def kaiming_normal(
     return _scaled(_centred, _kaiming_std(a, mode, nonlinearity), (in_axis, out_axis))
 
 
-def torch_weight() -> Initializer:
+def torch_weight(*, in_axis: int = -2, out_axis: int = -1) -> Initializer:
     """Returns the default of PyTorch's Linear and Conv weights: U(±1 / sqrt(fan_in)).
+
+    Args:
+      in_axis: where the input channels are. For a transposed convolution PyTorch takes the output
+        channels for them: pass ``in_axis=-1, out_axis=-2`` for a kernel ``(*window, in, out)``.
+      out_axis: where the output channels are.
 
     Differs from:
       ``flax.nnx.Linear`` and ``nnx.Conv``, whose default has 1.73 times this standard deviation.
     """
-    return kaiming_uniform(math.sqrt(5.0))
+    return kaiming_uniform(math.sqrt(5.0), in_axis=in_axis, out_axis=out_axis)
 
 
 def torch_bias(fan_in: int) -> Initializer:
@@ -251,3 +256,45 @@ def torch_bias(fan_in: int) -> Initializer:
     """
     bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
     return uniform(-bound, bound)
+
+
+def torch_embedding(padding_idx: int | None = None) -> Initializer:
+    """Returns the default of PyTorch's Embedding: N(0, 1), the padding row 0.
+
+    Args:
+      padding_idx: the row of ``(num_embeddings, embedding_dim)`` that is 0; ``None`` = none.
+
+    Differs from:
+      ``flax.nnx.Embed``, whose default has the standard deviation ``1 / sqrt(embedding_dim)``.
+    """
+
+    def init(key: Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> Array:
+        drawn = normal()(key, shape, dtype)
+        return drawn if padding_idx is None else drawn.at[padding_idx].set(0)
+
+    return init
+
+
+def torch_attention(parts: int = 3) -> Initializer:
+    """Returns the default of each input projection of PyTorch's MultiheadAttention.
+
+    PyTorch draws query, key and value together, as one ``(3 * embed_dim, embed_dim)`` matrix with
+    Xavier's uniform law, so the fan out of each counts three times.
+
+    Args:
+      parts: how many projections share a matrix; 1 where PyTorch keeps them apart (``kdim``,
+        ``vdim``).
+    """
+
+    def std_of(fan_in: int, fan_out: int) -> float:
+        return math.sqrt(2.0 / (fan_in + parts * fan_out))
+
+    return _scaled(_symmetric, std_of, (-2, -1))
+
+
+def torch_recurrent(hidden_size: int) -> Initializer:
+    """Returns the default of every weight and bias of PyTorch's LSTM, GRU and RNN.
+
+    All are U(±1 / sqrt(hidden_size)), the biases too.
+    """
+    return torch_bias(hidden_size)

@@ -187,35 +187,41 @@ class Pair:
         magnitudes: Values,
         tolerances: tuple[Tolerance, ...],
     ) -> list[Finding]:
-        findings = self._numerics_once(exact, dtype, magnitudes, tolerances)
+        findings, units = self._numerics_once(exact, dtype, magnitudes, tolerances)
         for seed in range(_REDRAWS):
             suspects = [f.name for f in findings if f.side]
             if not suspects:
                 break
             other = self._exact(fed.redrawn(seed), dtype)
-            again = self._numerics_once(other, dtype, magnitudes, tolerances)
+            again, _ = self._numerics_once(other, dtype, magnitudes, tolerances)
             verdicts = {f.name: f.verdict for f in again}
             findings = [
                 f if not f.side or verdicts[f.name] is f.verdict else _by_chance(f)
                 for f in findings
             ]
         if jnp.finfo(dtype).bits == 16 and any(f.side for f in findings):
-            findings = self._within_spread(findings, exact, dtype)
+            findings = self._within_spread(findings, units, exact, dtype)
         if any(f.side == "jax" for f in findings):
             findings = self._without_fast_matmul(findings, exact, dtype, magnitudes, tolerances)
         return findings
 
     def _within_spread(
-        self, findings: list[Finding], exact: "_Exact", dtype: DTypeLike
+        self, findings: list[Finding], units: Values, exact: "_Exact", dtype: DTypeLike
     ) -> list[Finding]:
-        """Recognises what rounding to 16 bits does to any program: values cross kinks often."""
+        """Recognises what rounding to 16 bits does to any program: values cross kinks often.
+
+        Args:
+          findings: with errors as multiples of ``units``.
+          units: by which each was judged.
+          exact: the float64 runs.
+          dtype: the one judged.
+        """
         spreads = self._flax.spreads(exact.fed, exact.ours, exact.precision, dtype)
-        sizes = self._flax.sensitivities(exact.fed, exact.ours, exact.precision)
         words = f"rounding every operation to {jnp.dtype(dtype).name} does as much (kinks, sums)"
         kind = Verdict.ILL_CONDITIONED
         return [
             f._replace(verdict=kind, side="", explanation=words)
-            if f.side and _excused(f, spreads[f.name], sizes[f.name])
+            if f.side and _excused(f, spreads[f.name], units[f.name])
             else f
             for f in findings
         ]
@@ -230,7 +236,7 @@ class Pair:
     ) -> list[Finding]:
         """Recognises JAX's default matmul precision, which is no fault of the program."""
         with jax.default_matmul_precision("highest"):
-            found = self._numerics_once(exact, dtype, magnitudes, tolerances)
+            found, _ = self._numerics_once(exact, dtype, magnitudes, tolerances)
         again = {f.name: f for f in found}
         words = (
             "agrees with jax.default_matmul_precision('highest'); at the precision that is set, "
@@ -249,22 +255,25 @@ class Pair:
         dtype: DTypeLike,
         magnitudes: Values,
         tolerances: tuple[Tolerance, ...],
-    ) -> list[Finding]:
+    ) -> tuple[list[Finding], Values]:
+        """Returns the findings, and the unit of each one's errors: see ``judge_numerics``."""
         fed, low = exact.fed, Precision(dtype, dtype)
         ours, theirs = self._flax.run(fed, low), self._torch.run(fed, low, self._drawing)
         sensitivities = self._flax.sensitivities(fed, exact.ours, exact.precision)
         kind, findings = jnp.dtype(dtype), []
+        units: Values = {}
         for name in (n for n in ours if n in theirs and is_float(exact.ours[n])):
             # Each side is held to its own float64 result: what programs mean is judged already.
             sides, oracles = (ours[name], theirs[name]), (exact.ours[name], exact.theirs[name])
             factor, unit = factor_of(name, tolerances), sensitivities[name]
             if name.startswith("grad ") and _vanishes(oracles[0], magnitudes[name], kind):
                 unit = np.maximum(unit, magnitudes[name])
+            units[name] = unit
             findings.append(
                 _other_dtype(name, kind.name, *sides)
                 or judge_numerics(name, *sides, oracles, unit, kind, factor)
             )
-        return findings
+        return findings, units
 
 
 def _check_range(arrays: tuple[np.ndarray, ...], dtype: np.dtype) -> None:
@@ -317,10 +326,10 @@ def _vanishes(oracle: np.ndarray, magnitude: np.ndarray, dtype: np.dtype) -> boo
     return bool(largest(oracle) <= CANCELLED * float(jnp.finfo(dtype).eps) * common)
 
 
-def _excused(finding: Finding, spread: np.ndarray, size: np.ndarray) -> bool:
+def _excused(finding: Finding, spread: np.ndarray, unit: np.ndarray) -> bool:
     """Whether a side's error is within twice what rounding every operation does."""
     errors = max(finding.jax_error, finding.torch_error)
-    return errors * float(size.max(initial=0)) <= 2 * float(spread.max(initial=0))
+    return errors * float(unit.max(initial=0)) <= 2 * float(spread.max(initial=0))
 
 
 def _by_chance(finding: Finding) -> Finding:
