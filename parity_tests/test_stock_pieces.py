@@ -22,7 +22,7 @@ def test_the_page_has_a_row_for_every_piece() -> None:
 
 @pytest.mark.parametrize("piece", stock_pieces.PIECES, ids=lambda piece: piece.name)
 def test_the_verdict_on_the_page_is_the_one_found_now(piece: stock_pieces.Piece) -> None:
-    """Verdict and what differs in float64; the figures move in their last digits with the machine."""
+    """Verdict and what differs in float64; the figures move with the machine in the last digits."""
     (written,) = (row for row in ROWS if row[0] == f"| `{piece.name}`")
     found = stock_pieces.row(piece, piece.compare()).split(" | ")
     assert written[:4] == found[:4]
