@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from flaxstab import dropout, linear, norms
+from flaxstab import blocks, dropout, linear, norms
 from parity_tests.support.cases import values
+from parity_tests.support.layers import Embedded
 
 C = 4
 STACK = 3
@@ -26,18 +27,23 @@ class Row(NamedTuple):
       make: builds it from keyword options.
       shape: an input's shape.
       mode: the keyword of its mode, or '' for a layer without one.
+      follows: whether the output has the input's dtype; otherwise that of the parameters.
     """
 
     layer: type[nnx.Module]
     make: Callable[..., nnx.Module]
     shape: tuple[int, ...] = (5, 3, C)
     mode: str = ""
+    follows: bool = True
 
     def build(self, seed: int = 0, **options: object) -> nnx.Module:
         return self.make(rngs=nnx.Rngs(seed), **options)
 
     def input(self, dtype: object = jnp.float32, seed: int = 0) -> jax.Array:
         return jnp.asarray(values(*self.shape, seed=seed), dtype)
+
+    def output_dtype(self, dtype: str) -> str:
+        return dtype if self.follows else "float32"
 
 
 RUNNING, DROPPING = "use_running_average", "deterministic"
@@ -58,16 +64,32 @@ ROWS = {
     "LayerNorm": Row(norms.LayerNorm, lambda **o: norms.LayerNorm((3, C), **o)),
     "GroupNorm": Row(norms.GroupNorm, lambda **o: norms.GroupNorm(2, C, **o)),
     "Dropout": Row(dropout.Dropout, lambda **o: dropout.Dropout(0.5, **o), mode=DROPPING),
+    "ChannelDropout": Row(
+        dropout.ChannelDropout, lambda **o: dropout.ChannelDropout(0.5, **o), mode=DROPPING
+    ),
+    "BasicBlock": Row(
+        blocks.BasicBlock, lambda **o: blocks.BasicBlock(C, C, **o), (5, 3, 3, C), RUNNING
+    ),
+    "PreActResBlock": Row(
+        blocks.PreActResBlock,
+        lambda **o: blocks.PreActResBlock(C, C, 2, drop=0.5, **o),
+        (5, 3, 3, C),
+        DROPPING,
+    ),
     "Linear": Row(linear.Linear, lambda **o: linear.Linear(C, C, **o)),
     "Conv": Row(linear.Conv, lambda **o: linear.Conv(C, C, (3,), padding=1, **o)),
+    "ConvTranspose": Row(
+        linear.ConvTranspose, lambda **o: linear.ConvTranspose(C, C, (3,), padding=1, **o)
+    ),
+    "Embed": Row(linear.Embed, lambda **o: Embedded(C, **o), follows=False),
 }
 
 
 def exported() -> set[type[nnx.Module]]:
-    classes = [
-        c for m in (norms, dropout, linear) for _, c in inspect.getmembers(m, inspect.isclass)
-    ]
-    return {c for c in classes if issubclass(c, nnx.Module) and c.__module__.startswith("flaxstab")}
+    modules = (norms, dropout, linear, blocks)
+    classes = [c for m in modules for _, c in inspect.getmembers(m, inspect.isclass)]
+    layers = {c for c in classes if issubclass(c, nnx.Module) and not c.__name__.startswith("_")}
+    return {c for c in layers if c.__module__.startswith("flaxstab")}
 
 
 def without_row(rows: dict[str, Row]) -> set[type[nnx.Module]]:
@@ -120,7 +142,7 @@ def test_equal_and_near_can_fail() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_layer_keeps_its_inputs_dtype_and_shape(row: Row, dtype: str) -> None:
     y = row.build()(row.input(dtype))
-    assert (y.dtype, y.shape) == (dtype, row.shape)
+    assert (y.dtype, y.shape) == (row.output_dtype(dtype), row.shape)
 
 
 @every_row
@@ -316,7 +338,7 @@ def test_no_layer_promotes_dtypes_implicitly(row: Row, dtype: str, evaluating: b
     if evaluating:
         layer.eval()
     with jax.numpy_dtype_promotion("strict"):
-        assert layer(row.input(dtype)).dtype == dtype
+        assert layer(row.input(dtype)).dtype == row.output_dtype(dtype)
 
 
 def narrowings(program: ClosedJaxpr) -> list[str]:

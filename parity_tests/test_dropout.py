@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from torch.nn import functional as F  # noqa: N812
 
 from flaxstab import functional
-from flaxstab.dropout import Dropout
+from flaxstab.dropout import ChannelDropout, Dropout
 from flaxstab.parity import Budget, HasMean
 from parity_tests.support import random_checks
 from parity_tests.support.cases import values
@@ -66,10 +66,11 @@ def test_the_default_drops_half() -> None:
     "use",
     [
         Dropout,
+        ChannelDropout,
         lambda p: functional.dropout_mask(jax.random.key(0), p, (2,)),
         lambda p: functional.dropout(jnp.ones(2), p, jnp.ones(2, bool)),
     ],
-    ids=["layer", "mask", "function"],
+    ids=["layer", "channels", "mask", "function"],
 )
 def test_a_probability_out_of_range_is_refused(use: Callable[..., object], p: float) -> None:
     with pytest.raises(ValueError, match=r"p must lie in \[0, 1\], got p="):
@@ -110,6 +111,60 @@ def test_a_mask_broadcasts() -> None:
     with jax.enable_x64(True):
         found = Dropout(0.5)(jnp.asarray(X), mask=jnp.asarray(mask))
         assert_same(found, X * mask * 2)
+
+
+SPACES = {1: (F.dropout1d, (5,)), 2: (F.dropout2d, (3, 2)), 3: (F.dropout3d, (2, 1, 3))}
+
+
+@pytest.mark.parametrize("rank", SPACES)
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_channel_dropout_gives_torchs_bits_with_torchs_mask(rank: int, p: float) -> None:
+    drop, space = SPACES[rank]
+    torch.manual_seed(0)
+    x = torch.tensor(values(7, 6, *space))
+    theirs = drop(x, p).movedim(1, -1)
+    first = (slice(None), *(slice(1),) * rank)  # (N, *space, C) -> (N, 1, ..., 1, C)
+    mask = theirs.numpy()[first] != 0
+    with jax.enable_x64(True):
+        ours = ChannelDropout(p)(jnp.asarray(x.movedim(1, -1).numpy()), mask=jnp.asarray(mask))
+        np.testing.assert_array_equal(ours, theirs.numpy())
+        assert ours.dtype == np.float64
+    assert 0 < mask.sum() < mask.size or p in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(50, 4, 20), (50, 3, 2, 20), (50, 2, 1, 2, 20)])
+def test_channel_dropout_drops_channels_of_a_sample_as_one(shape: tuple[int, ...]) -> None:
+    kept = np.asarray(ChannelDropout(0.3, rngs=nnx.Rngs(0))(jnp.ones(shape))) != 0
+    first = kept[:, *(slice(1),) * (len(shape) - 2)]
+    np.testing.assert_array_equal(kept, np.broadcast_to(first, shape))
+    own = first.reshape(50, 20)
+    assert len({row.tobytes() for row in own}) > 40  # samples differ: 2**17 masks of 20 channels
+    assert len({column.tobytes() for column in own.T}) == 20
+
+
+def test_channel_dropout_drops_with_probability_p(budget: Budget) -> None:
+    """1e6 channels: a probability off by 0.01 is found."""
+    drawn = ChannelDropout(0.3, rngs=nnx.Rngs(0))(jnp.ones((1000, 1, 1000)))
+    assert HasMean(0.7, discrepancy=0.01).check(np.asarray(drawn) != 0, budget).passed
+    assert set(np.unique(drawn)) == {0, np.float32(1 / 0.7)}
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4)])
+def test_channel_dropout_needs_batch_and_space(shape: tuple[int, ...]) -> None:
+    layer = ChannelDropout(0.3, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"channel dropout needs \(N, \*space, C\), got shape="):
+        layer(jnp.ones(shape))
+
+
+def test_channel_dropouts_default_and_mode_are_torchs() -> None:
+    assert ChannelDropout().p == torch.nn.Dropout2d().p == 0.5
+    layer, x = ChannelDropout(rngs=nnx.Rngs(0)), jnp.ones((2, 3, 3, 8))
+    assert (layer(x) == 0).any()
+    layer.eval()
+    np.testing.assert_array_equal(layer(x), x)
+    assert (layer(x, deterministic=False) == 0).any()
+    given = [layer(x, rngs=jax.random.key(0), deterministic=False) for _ in range(2)]
+    np.testing.assert_array_equal(*given)
 
 
 DRAWS = 2_000_000

@@ -39,6 +39,11 @@ SIGNATURES = {
     "initializers.kaiming_normal": "a=0.0, mode='fan_in', nonlinearity='leaky_relu'",
     "initializers.calculate_gain": "nonlinearity, param=None",
     "initializers.fan_in_and_fan_out": "shape",
+    "initializers.eye": "",
+    "initializers.dirac": "groups=1",
+    "initializers.trunc_normal": "mean=0.0, std=1.0, a=-2.0, b=2.0",
+    "initializers.sparse": "sparsity, std=0.01",
+    "initializers.orthogonal": "gain=1.0",
     "initializers.torch_weight": "",
     "initializers.torch_bias": "fan_in",
     "norms.BatchNorm": (
@@ -56,6 +61,19 @@ SIGNATURES = {
         "in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, "
         "bias=True, padding_mode='zeros'"
     ),
+    "linear.ConvTranspose": (
+        "in_channels, out_channels, kernel_size, stride=1, padding=0, output_padding=0, groups=1, "
+        "bias=True, dilation=1"
+    ),
+    "linear.Embed": "num_embeddings, embedding_dim, padding_idx=None",
+    "dropout.ChannelDropout": "p=0.5",
+    "blocks.BasicBlock": "in_ch, out_ch, stride=1",
+    "blocks.PreActResBlock": "in_ch, out_ch, groups=32, stride=1, drop=0.0",
+    "surgery.init_weights": "model, rule, *rngs",
+    "surgery.init_layer": "module, nonlin='relu', leaky_slope=0.01, *rngs",
+    "surgery.zero_last_gamma": "model",
+    "torch_rng.Generator": "seed",
+    "torch_rng.seed_parameters": "model, seed, *then=None",
     "optim.adamw": (
         "learning_rate=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, amsgrad=False, "
         "maximize=False, *mask=None"

@@ -162,7 +162,7 @@ def test_without_a_registration_the_noise_differs() -> None:
 
 @pytest.mark.usefixtures("noise")
 def test_a_type_is_registered_once() -> None:
-    for kind in (Noise, dropout.Dropout, nnx.Dropout):
+    for kind in (Noise, dropout.Dropout, dropout.ChannelDropout, nnx.Dropout):
         message = refusal(
             lambda kind=kind: parity.register_replay(kind, draw=np.ones, apply=torch.mul)
         )

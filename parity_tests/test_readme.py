@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from parity_tests.support.torch_bits import assert_same_bits, same_processor
 
 README = Path(__file__).parents[1] / "README.md"
 if not README.is_file():
@@ -35,3 +39,14 @@ def test_the_commands_run_files_that_exist() -> None:
     script = block("<!-- main job -->").split()[-1]
     assert (README.parent / script).is_file()
     assert (README.parent / "constraints.txt").is_file()
+
+
+@same_processor
+def test_the_page_on_seeds_runs_when_pasted() -> None:
+    page = (README.parent / "docs" / "seeds.md").read_text()
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)  # noqa: S102
+    torch.manual_seed(42)
+    torch.nn.Conv2d(3, 16, 3)
+    assert_same_bits(np.asarray(names["model"].head.kernel[...]).T, torch.nn.Linear(16, 10).weight)

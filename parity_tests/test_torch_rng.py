@@ -3,62 +3,29 @@
 import math
 from collections.abc import Callable, Iterator
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional, init
 
-from flaxstab.initializers import calculate_gain
 from flaxstab.torch_rng import Generator, _generator
-
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
-    reason="PyTorch draws other normals where it has no AVX2 and FMA",
+from parity_tests.support.torch_bits import (
+    DTYPES,
+    assert_in_step,
+    assert_same_bits,
+    every_dtype,
+    same_processor,
+    seeded,
 )
 
-DTYPES = {
-    torch.float32: np.float32,
-    torch.float64: np.float64,
-    torch.bfloat16: ml_dtypes.bfloat16,
-    torch.float16: np.float16,
-}
+pytestmark = same_processor
+
 SEEDS = (0, 1, 42, 2**31, 2**32 - 1, -1, -(2**63), 2**64 - 1, 10**12)
 SIZES = (*range(41), 100, 1000)
 MILLION = 1_000_000
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_seed = pytest.mark.parametrize("seed", SEEDS)
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def assert_same_bits(ours: np.ndarray, theirs: Tensor) -> None:
-    """Same shape, same dtype, same bits."""
-    expected = to_numpy(theirs.contiguous())
-    assert ours.shape == expected.shape
-    assert ours.dtype == expected.dtype
-    raw = f"V{ours.itemsize}"
-    np.testing.assert_array_equal(
-        np.ascontiguousarray(ours).reshape(-1).view(raw), expected.reshape(-1).view(raw)
-    )
-
-
-def seeded(seed: int) -> Generator:
-    """Seeds PyTorch and returns our generator of the same seed."""
-    torch.manual_seed(seed)
-    return Generator(seed)
-
-
-def assert_in_step(generator: Generator) -> None:
-    """The next draws agree: one that takes the kept normal, and one that takes raw bits."""
-    assert_same_bits(generator.normal(3), torch.empty(3).normal_())
-    assert_same_bits(generator.uniform(5), torch.empty(5).uniform_())
 
 
 def test_one_bit_a_sign_of_zero_a_dtype_and_a_shape_are_noticed() -> None:
@@ -269,7 +236,9 @@ def test_the_two_streams_of_trunc_normal_differ() -> None:
 
 
 def test_the_older_trunc_normal_stays_inside_its_bounds_where_the_quantile_is_infinite() -> None:
-    x = Generator(0).trunc_normal(9999, 0.0, 1.0, -20.0, 20.0, ml_dtypes.bfloat16, stream="inverse")
+    x = Generator(0).trunc_normal(
+        9999, 0.0, 1.0, -20.0, 20.0, DTYPES[torch.bfloat16], stream="inverse"
+    )
     assert np.all(np.abs(x.astype(np.float32)) <= 20)
     assert np.any(x.astype(np.float32) == -20)  # U[-1, 1) in bfloat16 draws -1 itself
 
@@ -306,45 +275,6 @@ def test_alpha_dropout_keeps_torchs_elements() -> None:
 def test_randperm_is_torchs(n: int) -> None:
     generator = seeded(13)
     assert_same_bits(generator.randperm(n), torch.randperm(n))
-    assert_in_step(generator)
-
-
-@pytest.mark.parametrize("shape", [(5, 3), (64, 48), (16, 8, 3, 3)])
-@every_dtype
-def test_kaiming_and_xavier_have_torchs_bits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    generator = seeded(17)
-    window = math.prod(shape[2:])
-    fan_in, fan_out = shape[1] * window, shape[0] * window  # torch's weights are (out, in, ...)
-    relu, leaky = calculate_gain("relu"), calculate_gain("leaky_relu", math.sqrt(5))
-    xavier = 1.0 * math.sqrt(2.0 / (fan_in + fan_out))
-
-    def uniform(std: float) -> np.ndarray:
-        bound = math.sqrt(3.0) * std
-        return generator.uniform(shape, -bound, bound, DTYPES[dtype])
-
-    def normal(std: float) -> np.ndarray:
-        return generator.normal(shape, 0.0, std, DTYPES[dtype])
-
-    def weight() -> Tensor:
-        return torch.empty(shape, dtype=dtype)
-
-    assert_same_bits(uniform(leaky / math.sqrt(fan_in)), init.kaiming_uniform_(weight(), 5**0.5))
-    theirs = init.kaiming_uniform_(weight(), mode="fan_out", nonlinearity="relu")
-    assert_same_bits(uniform(relu / math.sqrt(fan_out)), theirs)
-    theirs = init.kaiming_normal_(weight(), mode="fan_out", nonlinearity="relu")
-    assert_same_bits(normal(relu / math.sqrt(fan_out)), theirs)
-    assert_same_bits(uniform(xavier), init.xavier_uniform_(weight()))
-    assert_same_bits(normal(xavier), init.xavier_normal_(weight()))
-    assert_in_step(generator)
-
-
-def test_the_parameters_of_a_model_are_drawn_one_after_the_other() -> None:
-    generator = seeded(2)
-    linear, embedding = torch.nn.Linear(7, 5), torch.nn.Embedding(3, 4)
-    bound = 1 / math.sqrt(7)
-    assert_same_bits(generator.uniform((5, 7), -bound, bound), linear.weight.detach())
-    assert_same_bits(generator.uniform(5, -bound, bound), linear.bias.detach())
-    assert_same_bits(generator.normal((3, 4)), embedding.weight.detach())
     assert_in_step(generator)
 
 

@@ -1,8 +1,11 @@
 """The stateless form of every layer: arrays in, arrays out, features last."""
 
+from flaxstab.functional._activations import elu as elu
 from flaxstab.functional._activations import gelu as gelu
+from flaxstab.functional._activations import relu as relu
 from flaxstab.functional._dropout import dropout as dropout
 from flaxstab.functional._dropout import dropout_mask as dropout_mask
+from flaxstab.functional._embedding import embedding as embedding
 from flaxstab.functional._linear import conv as conv
 from flaxstab.functional._linear import linear as linear
 from flaxstab.functional._linear import padding_pairs as padding_pairs
@@ -22,3 +25,4 @@ from flaxstab.functional._norms import normalize as normalize
 from flaxstab.functional._pooling import adaptive_avg_pool as adaptive_avg_pool
 from flaxstab.functional._pooling import avg_pool as avg_pool
 from flaxstab.functional._pooling import max_pool as max_pool
+from flaxstab.functional._transposed import conv_transpose as conv_transpose

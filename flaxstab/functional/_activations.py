@@ -1,4 +1,4 @@
-"""Activations where JAX's default is not PyTorch's."""
+"""Activations: where JAX's default is not PyTorch's, and as plain functions that can be pickled."""
 
 import jax
 
@@ -24,3 +24,17 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
       D. Hendrycks, K. Gimpel, "Gaussian Error Linear Units (GELUs)", 2016, arXiv:1606.08415.
     """
     return jax.nn.gelu(x, approximate=False)
+
+
+def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes ``max(x, 0)``; the gradient at 0 is 0, as PyTorch's.
+
+    Same result as ``torch.nn.functional.relu``. ``jax.nn.relu`` with another type: that one is a
+    compiled object, which pickle refuses, and with it a model that holds it.
+    """
+    return jax.nn.relu(x)
+
+
+def elu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes ``x`` where it is positive, else ``exp(x) - 1``, as ``torch.nn.functional.elu``."""
+    return jax.nn.elu(x)

@@ -11,6 +11,7 @@ from flaxstab._dtypes import aligned
 from flaxstab._typing import Array, Float, Shape, Sizes
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+Pairs = tuple[tuple[int, int], ...]  # elements added before and after each spatial axis
 _NUMPY_MODE = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
@@ -31,13 +32,10 @@ def linear(
     Returns:
       Values of shape ``(*batch, out)``.
     """
-    y = jnp.matmul(x, kernel)
-    return y if bias is None else y + aligned(bias, y, bias.dtype)
+    return with_bias(jnp.matmul(x, kernel), bias)
 
 
-def padding_pairs(
-    padding: Sizes | str, window: Shape, dilation: Shape
-) -> tuple[tuple[int, int], ...]:
+def padding_pairs(padding: Sizes | str, window: Shape, dilation: Shape) -> Pairs:
     """Returns the zeros that PyTorch adds before and after each spatial axis.
 
     Args:
@@ -69,7 +67,7 @@ def padding_pairs(
 
 def conv_options(
     window: Shape, stride: Sizes, padding: Sizes | str, dilation: Sizes, padding_mode: str
-) -> tuple[Shape, tuple[tuple[int, int], ...], Shape]:
+) -> tuple[Shape, Pairs, Shape]:
     """Returns stride, padding and dilation for each spatial axis, checked.
 
     Raises:
@@ -89,9 +87,7 @@ def conv_options(
     return strides, padding_pairs(padding, window, dilations), dilations
 
 
-def _check_room(
-    space: Shape, window: Shape, dilation: Shape, pairs: tuple[tuple[int, int], ...], mode: str
-) -> None:
+def _check_room(space: Shape, window: Shape, dilation: Shape, pairs: Pairs, mode: str) -> None:
     """Raises a ``ValueError`` if the padding needs more input than there is, or the kernel does."""
     most = {"reflect": -1, "circular": 0}
     check(
@@ -157,27 +153,66 @@ def conv(
     )
     options = (kernel.shape[:rank], stride, padding, dilation, padding_mode)
     strides, pairs, dilations = conv_options(*options)
-    batch = x.shape[: x.ndim - rank - 1]
-    # (*batch, *space, C) -> (N, *space, C)
-    x = x.reshape(math.prod(batch), *x.shape[x.ndim - rank - 1 :])
+    batch, x = one_batch(x, rank)
     _check_room(x.shape[1:-1], kernel.shape[:rank], dilations, pairs, padding_mode)
     if padding_mode != "zeros":
         x = jnp.pad(x, ((0, 0), *pairs, (0, 0)), mode=_NUMPY_MODE[padding_mode])
         pairs = ((0, 0),) * rank
-    space = tuple(range(1, rank + 1))
-    y = jax.lax.conv_general_dilated(
+    x = _longer(x, kernel.shape[:rank], strides, pairs, dilations)
+    y = correlated(x, kernel, pairs, stride=strides, dilation=dilations, groups=groups)
+    return with_bias(y, bias).reshape(*batch, *y.shape[1:])
+
+
+def _longer(x: Array, window: Shape, stride: Shape, pairs: Pairs, dilation: Shape) -> Array:
+    """Adds an element that no window reaches to axes whose gradient XLA cannot compile.
+
+    XLA's CPU compiler aborts on some convolutions that pull elements apart by 2, with a window of
+    2 and no padding (docs/upstream.md): here that is the input gradient. The test
+    ``test_conv_takes_an_option_per_axis`` compiles one.
+    """
+    options = zip(x.shape[1:-1], window, stride, pairs, dilation, strict=True)
+    more = [
+        int(k == s == 2 and low == d and (n + low + high - d) % s == 1)
+        for n, k, s, (low, high), d in options
+    ]
+    return jnp.pad(x, ((0, 0), *((0, m) for m in more), (0, 0))) if any(more) else x
+
+
+def one_batch(x: Array, rank: int) -> tuple[Shape, Array]:
+    """Returns the batch axes, and the array with one in their place: (N, *space, C)."""
+    batch, rest = x.shape[: x.ndim - rank - 1], x.shape[x.ndim - rank - 1 :]
+    return batch, x.reshape(math.prod(batch), *rest)
+
+
+def with_bias(y: Array, bias: Array | None) -> Array:
+    """Adds a bias of the last axis, if there is one."""
+    return y if bias is None else y + aligned(bias, y, bias.dtype)
+
+
+def correlated(
+    x: Float[Array, "n *space in"],
+    kernel: Float[Array, "*window in_per_group out"],
+    pairs: Pairs,
+    *,
+    stride: Shape,
+    dilation: Shape,
+    groups: int,
+    spread: Shape | None = None,
+) -> Float[Array, "n *space out"]:
+    """Correlates; ``spread`` is the distance to which the input's elements are pulled apart."""
+    space = tuple(range(1, x.ndim - 1))
+    channels = x.ndim - 1
+    return jax.lax.conv_general_dilated(
         x,
         kernel,
-        strides,
+        stride,
         pairs,
-        rhs_dilation=dilations,
+        lhs_dilation=spread,
+        rhs_dilation=dilation,
         feature_group_count=groups,
         dimension_numbers=jax.lax.ConvDimensionNumbers(
-            lhs_spec=(0, rank + 1, *space),
-            rhs_spec=(rank + 1, rank, *range(rank)),
-            out_spec=(0, rank + 1, *space),
+            lhs_spec=(0, channels, *space),
+            rhs_spec=(channels, channels - 1, *range(len(space))),
+            out_spec=(0, channels, *space),
         ),
     )
-    if bias is not None:
-        y = y + aligned(bias, y, bias.dtype)
-    return y.reshape(*batch, *y.shape[1:])

@@ -110,15 +110,23 @@ def _swapped_to_back(weight: np.ndarray) -> np.ndarray:
     return np.moveaxis(weight, (0, 1), (-1, -2))
 
 
+def _moved_to_front(kernel: np.ndarray) -> np.ndarray:
+    return np.moveaxis(kernel, (-2, -1), (0, 1))
+
+
+def _moved_to_back(weight: np.ndarray) -> np.ndarray:
+    return np.moveaxis(weight, (0, 1), (-2, -1))
+
+
 def _flipped_to_torch(kernel: np.ndarray) -> np.ndarray:
     window = tuple(range(kernel.ndim - 2))
     # Contiguous: torch takes no array that runs backwards.
-    return np.ascontiguousarray(np.moveaxis(np.flip(kernel, window), (-2, -1), (0, 1)))
+    return np.ascontiguousarray(_moved_to_front(np.flip(kernel, window)))
 
 
 def _flipped_to_flax(weight: np.ndarray) -> np.ndarray:
     window = tuple(range(weight.ndim - 2))
-    return np.flip(np.moveaxis(weight, (0, 1), (-2, -1)), window)
+    return np.flip(_moved_to_back(weight), window)
 
 
 def _reshaped(shape: Shape) -> Move:
@@ -131,6 +139,13 @@ KERNEL = one(
     _swapped_to_front,
     _swapped_to_back,
     "(out, in, *window) -> (*window, in, out)",
+)
+MOVED = one(
+    "kernel",
+    "weight",
+    _moved_to_front,
+    _moved_to_back,
+    "(in, out, *window) -> (*window, in, out)",
 )
 FLIPPED = one(
     "kernel",

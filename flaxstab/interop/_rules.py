@@ -17,6 +17,7 @@ from flaxstab.interop._entries import (
     KERNEL,
     MATRIX,
     MEAN,
+    MOVED,
     SCALE,
     SLOPE,
     TRANSPOSED,
@@ -68,13 +69,18 @@ def _conv(module: linear.Conv | nnx.Conv) -> tuple[Entry, ...]:
     return (KERNEL._replace(rank=len(module.kernel_size) + 2), BIAS)
 
 
-def _conv_transpose(module: nnx.ConvTranspose) -> tuple[Entry, ...]:
+def _conv_transpose(module: linear.ConvTranspose) -> tuple[Entry, ...]:
+    return (MOVED._replace(rank=len(module.kernel_size) + 2), BIAS)
+
+
+def _stock_conv_transpose(module: nnx.ConvTranspose) -> tuple[Entry, ...]:
     kernel = TRANSPOSED if module.transpose_kernel else FLIPPED
     return (kernel._replace(rank=len(module.kernel_size) + 2), BIAS)
 
 
 _LINEAR = _fixed(MATRIX, BIAS)
 _CONV = Rule(_conv)
+_EMBED = _fixed(EMBEDDING)
 _NORM = _fixed(SCALE, BIAS)
 _TRACKED = _fixed(SCALE, BIAS, MEAN, VAR, COUNT)
 _CELL = Rule(lambda cell: CELLS[type(cell)], owns=True, refusal=cell_refusal)
@@ -82,21 +88,24 @@ _CELL = Rule(lambda cell: CELLS[type(cell)], owns=True, refusal=cell_refusal)
 RULES: dict[type[nnx.Module], Rule] = {
     linear.Linear: _LINEAR,
     linear.Conv: _CONV,
+    linear.ConvTranspose: Rule(_conv_transpose),
+    linear.Embed: _EMBED,
     norms.BatchNorm: _TRACKED,
     norms.GhostBatchNorm: _TRACKED,
     norms.InstanceNorm: _TRACKED,
     norms.LayerNorm: _NORM,
     norms.GroupNorm: _NORM,
     dropout.Dropout: _fixed(),
+    dropout.ChannelDropout: _fixed(),
     nnx.Linear: _LINEAR,
     nnx.Conv: _CONV,
-    nnx.ConvTranspose: Rule(_conv_transpose),
+    nnx.ConvTranspose: Rule(_stock_conv_transpose),
     nnx.BatchNorm: _fixed(SCALE, BIAS, MEAN, VAR, ignored=("num_batches_tracked",)),
     nnx.LayerNorm: _NORM,
     nnx.GroupNorm: _NORM,
     nnx.InstanceNorm: _NORM,
     nnx.RMSNorm: _fixed(SCALE),
-    nnx.Embed: _fixed(EMBEDDING),
+    nnx.Embed: _EMBED,
     nnx.PReLU: _fixed(SLOPE),
     nnx.Dropout: _fixed(),
     nnx.LinearGeneral: Rule(lambda _: (MATRIX, BIAS), refusal=linear_general_refusal),

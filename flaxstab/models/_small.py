@@ -10,7 +10,7 @@ from flaxstab import functional, initializers
 from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.linear import Conv, Linear
-from flaxstab.models._activations import Act, activation, relu
+from flaxstab.models._activations import Act, activation
 from flaxstab.norms import BatchNorm, GroupNorm
 
 
@@ -102,7 +102,7 @@ class ToyDeep(nnx.Module):
                 param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
 
-        self.net = nnx.Sequential(*(part for _ in range(10) for part in (layer(), relu)))
+        self.net = nnx.Sequential(*(part for _ in range(10) for part in (layer(), functional.relu)))
 
     def __call__(self, x: Array) -> Array:
         """Maps ``(N, 512)`` to ``(N, 512)``."""
@@ -142,7 +142,9 @@ class CNN_BN(nnx.Module):  # noqa: N801  # the document's name
         def norm() -> BatchNorm:
             return BatchNorm(64, dtype=dtype, param_dtype=param_dtype)
 
-        self.net = nnx.Sequential(conv(3), norm(), relu, conv(64), norm(), relu)
+        self.net = nnx.Sequential(
+            conv(3), norm(), functional.relu, conv(64), norm(), functional.relu
+        )
 
     def __call__(self, x: Array) -> Array:
         """Maps ``(N, H, W, 3)`` to ``(N, H, W, 64)``."""
@@ -175,5 +177,5 @@ class CNN_LN(nnx.Module):  # noqa: N801  # the document's name
 
     def __call__(self, x: Array) -> Array:
         """Maps ``(N, H, W, 3)`` to ``(N, H, W, 64)``."""
-        x = relu(self.ln1(self.conv1(x)))
-        return relu(self.ln2(self.conv2(x)))
+        x = functional.relu(self.ln1(self.conv1(x)))
+        return functional.relu(self.ln2(self.conv2(x)))

@@ -261,7 +261,7 @@ class Pair:
         ours, theirs = self._flax.run(fed, low), self._torch.run(fed, low, self._drawing)
         sensitivities = self._flax.sensitivities(fed, exact.ours, exact.precision)
         kind, findings = jnp.dtype(dtype), []
-        units: Values = {}
+        units: dict[str, np.ndarray] = {}
         for name in (n for n in ours if n in theirs and is_float(exact.ours[n])):
             # Each side is held to its own float64 result: what programs mean is judged already.
             sides, oracles = (ours[name], theirs[name]), (exact.ours[name], exact.theirs[name])

@@ -11,7 +11,7 @@ from flax import nnx
 from flaxstab import interop
 from flaxstab._checks import check
 from flaxstab._typing import Shape
-from flaxstab.dropout import Dropout
+from flaxstab.dropout import ChannelDropout, Dropout
 from flaxstab.parity._inputs import Layout, channels_first
 
 if TYPE_CHECKING:
@@ -26,14 +26,29 @@ Apply = Callable[..., "torch.Tensor"]
 class _Replay(NamedTuple):
     draw: Draw
     apply: Apply
+    channelwise: bool = False  # torch's channels are at axis 1 whatever the model's layout
 
 
 def _kept(layer: nnx.Module, shape: Shape) -> np.ndarray:
     return np.asarray(layer(jnp.ones(shape))) != 0
 
 
+def _kept_channels(layer: nnx.Module, shape: Shape) -> np.ndarray:
+    one = (slice(1),) * (len(shape) - 2)
+    return _kept(layer, shape)[:, *one]  # (N, *space, C) -> (N, 1, ..., 1, C)
+
+
 def _dropped(module: "torch.nn.Dropout", x: "torch.Tensor", kept: "torch.Tensor") -> "torch.Tensor":
     return x * (kept.to(x.dtype) * (0.0 if module.p == 1 else 1 / (1 - module.p)))
+
+
+def _dropped_channels(
+    module: "torch.nn.Module", x: "torch.Tensor", kept: "torch.Tensor"
+) -> "torch.Tensor":
+    axes = {"Dropout1d": 3, "Dropout2d": 4, "Dropout3d": 5}[type(module).__name__]
+    rule = f"torch's {type(module).__name__} must get {axes} axes, batch and channels first"
+    check(x.ndim == axes, rule, shape=tuple(x.shape))
+    return _dropped(module, x, kept)
 
 
 class Draws:
@@ -62,8 +77,13 @@ class Draws:
         self._seen.add(mark)
 
 
+_DROPOUTS = (Dropout, ChannelDropout, nnx.Dropout)
 _DROPOUT = _Replay(_kept, _dropped)
-_REPLAYS: dict[type[nnx.Module], _Replay] = {Dropout: _DROPOUT, nnx.Dropout: _DROPOUT}
+_REPLAYS: dict[type[nnx.Module], _Replay] = {
+    Dropout: _DROPOUT,
+    nnx.Dropout: _DROPOUT,
+    ChannelDropout: _Replay(_kept_channels, _dropped_channels, channelwise=True),
+}
 
 
 def register_replay(module_type: type[nnx.Module], *, draw: Draw, apply: Apply) -> None:
@@ -111,7 +131,8 @@ def replayed(
 
     Run torch's step inside the block, then the Flax step: both drop the same elements. The Flax
     model's streams are read, not advanced; a layer that is called twice draws twice. Replayed are
-    :class:`flaxstab.dropout.Dropout`, ``nnx.Dropout`` and types given to :func:`register_replay`.
+    :class:`flaxstab.dropout.Dropout`, :class:`flaxstab.dropout.ChannelDropout`, ``nnx.Dropout``
+    and types given to :func:`register_replay`.
 
     Args:
       flax_model: a model in training mode.
@@ -126,7 +147,7 @@ def replayed(
     Raises:
       ValueError: if a torch dropout layer that drops anything has no counterpart or another
         probability, is of another kind, or works in place; or if a Flax dropout's counterpart is
-        no ``torch.nn.Dropout``.
+        no dropout of its kind.
     """
     import torch
 
@@ -137,7 +158,7 @@ def replayed(
         is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
         if (is_dropout and module.p > 0) or _rate(source) > 0:
             _check_dropout(name, module, source)
-        elif isinstance(source, Dropout | nnx.Dropout):
+        elif isinstance(source, _DROPOUTS):
             continue
         if source is not None and type(source) in _REPLAYS:
             hook = _hook(name, nnx.clone(source), layout, kept)
@@ -158,7 +179,7 @@ def _renamed(name: str, rename: Callable[[str], str] | None) -> str:
 
 def _rate(source: nnx.Module | None) -> float:
     """Returns with which probability a Flax layer drops, 0 if it is no dropout."""
-    if isinstance(source, Dropout):
+    if isinstance(source, Dropout | ChannelDropout):
         return source.p
     return source.rate if isinstance(source, nnx.Dropout) else 0.0
 
@@ -166,11 +187,15 @@ def _rate(source: nnx.Module | None) -> float:
 def _check_dropout(name: str, module: "torch.nn.Module", source: nnx.Module | None) -> None:
     import torch
 
-    plain = type(module) is torch.nn.Dropout and not module.inplace
+    nn = torch.nn
+    channelwise = isinstance(source, ChannelDropout)
+    kinds = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d) if channelwise else (nn.Dropout,)
+    plain = type(module) in kinds and not module.inplace
     if not plain or _rate(source) != module.p:
         raise ValueError(
             "every torch dropout must be a torch.nn.Dropout, not in place, with a flaxstab or nnx "
-            f"Dropout of its name and probability, got {name!r}: {module} and "
+            "Dropout of its name and probability, or a Dropout1d, Dropout2d or Dropout3d with a "
+            f"flaxstab ChannelDropout, got {name!r}: {module} and "
             f"{type(source).__name__} of probability {_rate(source)}. "
             "Give both the same probability, or set it to 0."
         )
@@ -196,6 +221,7 @@ def _hook(
     name: str, layer: nnx.Module, layout: Layout, draws: Draws
 ) -> Callable[..., "torch.Tensor"]:
     replay = _REPLAYS[type(layer)]
+    own: Layout = "image" if replay.channelwise else layout
 
     def hook(
         module: "torch.nn.Module", inputs: "tuple[torch.Tensor]", output: "torch.Tensor"
@@ -205,11 +231,11 @@ def _hook(
         if not module.training:
             return output
         x = inputs[0]
-        image = layout == "image" and x.ndim > 2
+        image = own == "image" and x.ndim > 2
         shape = (x.shape[0], *x.shape[2:], x.shape[1]) if image else tuple(x.shape)
         drawn = np.asarray(replay.draw(layer, shape))
         draws.add(name, drawn)
         wide = drawn.astype(np.float64) if drawn.dtype == np.bool_ else drawn
-        return replay.apply(module, x, torch.tensor(channels_first(wide, layout)))
+        return replay.apply(module, x, torch.tensor(channels_first(wide, own)))
 
     return hook

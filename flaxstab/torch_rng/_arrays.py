@@ -1,5 +1,6 @@
 """Names for the arrays, and the dtypes that PyTorch's generator fills."""
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import ml_dtypes
@@ -12,6 +13,8 @@ from flaxstab._typing import Shape
 Floats: TypeAlias = np.ndarray  # of float32 or float64
 Scalar: TypeAlias = float | np.float32 | np.float64
 
+_CHUNK = 2**15  # numbers computed at once: they stay in the processor's cache
+_LARGEST64 = 2.0**990  # beyond it a float64 cannot be split into halves
 _DTYPES = tuple(map(np.dtype, (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)))
 
 
@@ -46,3 +49,26 @@ def dimensions(shape: Shape | int) -> Shape:
     fits = all(isinstance(n, int | np.integer) and n >= 0 for n in sizes)
     check(fits, "shape must be an integer or integers, each at least 0", shape=shape)
     return tuple(int(n) for n in sizes)
+
+
+def filled(count: int, kind: np.dtype, draw: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Returns ``count`` draws, made in pieces that stay in the cache."""
+    values = np.empty(count, kind)
+    for start in range(0, count, _CHUNK):
+        stop = min(start + _CHUNK, count)
+        values[start:stop] = draw(stop - start)
+    return values
+
+
+def limit_of(kind: np.dtype) -> float:
+    """Returns the largest magnitude that parameters of draws in a dtype may have."""
+    return min(float(ml_dtypes.finfo(kind).max), _LARGEST64)
+
+
+def check_bounds(low: float, high: float, kind: np.dtype) -> None:
+    """Raises a ``ValueError`` unless PyTorch draws uniform numbers between these bounds."""
+    limit = limit_of(kind)
+    inside = abs(low) <= limit and abs(high) <= limit
+    check(inside, f"low and high must lie in [-{limit:.4g}, {limit:.4g}]", low=low, high=high)
+    check(low <= high, "low must not be above high", low=low, high=high)
+    check(high - low <= limit, f"high - low must not be above {limit:.4g}", low=low, high=high)

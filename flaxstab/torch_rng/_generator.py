@@ -1,23 +1,29 @@
 """The generator: PyTorch's draws in PyTorch's order."""
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
 from flaxstab._checks import check, check_probability
 from flaxstab._typing import Shape
-from flaxstab.torch_rng import _truncated
-from flaxstab.torch_rng._arrays import Floats, dimensions, floating, held, wide
+from flaxstab.initializers import FanMode, Nonlinearity
+from flaxstab.torch_rng import _init, _truncated
+from flaxstab.torch_rng._arrays import (
+    Floats,
+    check_bounds,
+    dimensions,
+    filled,
+    floating,
+    held,
+    limit_of,
+    wide,
+)
 from flaxstab.torch_rng._box_muller import BLOCK, block_normals, normal_pair
 from flaxstab.torch_rng._fused import fused
 
-_CHUNK = 2048 * BLOCK  # numbers computed at once: they stay in the processor's cache
 _WORDS = 624  # the Mersenne Twister's state
-_LARGEST64 = 2.0**990  # beyond it a float64 cannot be split into halves
 _LARGEST_PERMUTATION = 2**32 // 20  # PyTorch draws 64-bit numbers from here on
 
 
@@ -91,7 +97,7 @@ class Generator:
             ``low`` is above ``high``, or the shape or dtype does not fit.
         """
         kind, sizes = floating(dtype), dimensions(shape)
-        _check_bounds(low, high, kind)
+        check_bounds(low, high, kind)
         scalar = wide(kind).type
         width, start = scalar(high) - scalar(low), scalar(low)
         lowest, bound = held(low, kind), held(high, kind)
@@ -100,7 +106,7 @@ class Generator:
             values = fused(self._units(count, kind), width, start).astype(kind)
             return np.where(values == bound, lowest, values)
 
-        return _filled(math.prod(sizes), kind, draw).reshape(sizes)
+        return filled(math.prod(sizes), kind, draw).reshape(sizes)
 
     def normal(
         self,
@@ -129,7 +135,7 @@ class Generator:
             it is computed, or the shape or dtype does not fit.
         """
         kind, sizes = floating(dtype), dimensions(shape)
-        limit = _limit(wide(kind))
+        limit = limit_of(wide(kind))
         check(abs(mean) <= limit, f"mean must lie in [-{limit:.4g}, {limit:.4g}]", mean=mean)
         check(0 <= std <= limit, f"std must lie in [0, {limit:.4g}]", std=std)
         count = math.prod(sizes)
@@ -185,6 +191,95 @@ class Generator:
         with np.errstate(over="ignore"):  # a bound beyond the dtype's range is inf, as in PyTorch
             return draw(self, sizes, _truncated.Law(mean, std, a, b), kind)
 
+    def xavier_uniform(
+        self, shape: Shape, gain: float = 1.0, dtype: DTypeLike = np.float32
+    ) -> np.ndarray:
+        """Draws as ``torch.nn.init.xavier_uniform_(torch.empty(shape), gain)``.
+
+        Args:
+          shape: a weight's in PyTorch: ``(out, in, *window)``; that of the result.
+          gain: factor for the nonlinearity.
+          dtype: float32, float64, bfloat16 or float16.
+
+        Raises:
+          ValueError: if the shape has fewer than two axes, or :meth:`uniform` would raise.
+        """
+        return _init.symmetric(self, shape, _init.xavier_std(shape, gain), dtype)
+
+    def xavier_normal(
+        self, shape: Shape, gain: float = 1.0, dtype: DTypeLike = np.float32
+    ) -> np.ndarray:
+        """Draws as ``torch.nn.init.xavier_normal_``; arguments as :meth:`xavier_uniform`."""
+        return self.normal(shape, 0.0, _init.xavier_std(shape, gain), dtype)
+
+    def kaiming_uniform(
+        self,
+        shape: Shape,
+        a: float = 0.0,
+        mode: FanMode = "fan_in",
+        nonlinearity: Nonlinearity = "leaky_relu",
+        dtype: DTypeLike = np.float32,
+    ) -> np.ndarray:
+        """Draws as ``torch.nn.init.kaiming_uniform_(torch.empty(shape), a, mode, nonlinearity)``.
+
+        Args:
+          shape: a weight's in PyTorch: ``(out, in, *window)``; that of the result.
+          a: the negative slope of ``'leaky_relu'``.
+          mode: ``'fan_in'`` or ``'fan_out'``.
+          nonlinearity: see :func:`flaxstab.initializers.calculate_gain`.
+          dtype: float32, float64, bfloat16 or float16.
+
+        Raises:
+          ValueError: if the shape has fewer than two axes, ``mode`` or ``nonlinearity`` is
+            unknown, or :meth:`uniform` would raise.
+        """
+        return _init.symmetric(self, shape, _init.kaiming_std(shape, a, mode, nonlinearity), dtype)
+
+    def kaiming_normal(
+        self,
+        shape: Shape,
+        a: float = 0.0,
+        mode: FanMode = "fan_in",
+        nonlinearity: Nonlinearity = "leaky_relu",
+        dtype: DTypeLike = np.float32,
+    ) -> np.ndarray:
+        """Draws as ``torch.nn.init.kaiming_normal_``; arguments as :meth:`kaiming_uniform`."""
+        return self.normal(shape, 0.0, _init.kaiming_std(shape, a, mode, nonlinearity), dtype)
+
+    def orthogonal(
+        self, shape: Shape, gain: float = 1.0, dtype: DTypeLike = np.float32
+    ) -> np.ndarray:
+        """Draws as ``torch.nn.init.orthogonal_(torch.empty(shape), gain)``, to about 1e-6.
+
+        The normals are PyTorch's; the last bits are decided by the QR factorisation of the LAPACK
+        at hand.
+
+        Args:
+          shape: a weight's in PyTorch: ``(out, in, *window)``; that of the result.
+          gain: factor on the orthogonal matrix.
+          dtype: float32 or float64.
+
+        Raises:
+          ValueError: if the shape has fewer than two axes, or the dtype is of 16 bits.
+        """
+        return _init.orthogonal(self, shape, gain, dtype)
+
+    def sparse(
+        self, shape: Shape, sparsity: float, std: float = 0.01, dtype: DTypeLike = np.float32
+    ) -> np.ndarray:
+        """Draws as ``torch.nn.init.sparse_(torch.empty(shape), sparsity, std)``.
+
+        Args:
+          shape: a matrix's, ``(out, in)``.
+          sparsity: the share of zeros in each column, in [0, 1].
+          std: the standard deviation of the rest.
+          dtype: float32, float64, bfloat16 or float16.
+
+        Raises:
+          ValueError: if the shape has not two axes or ``sparsity`` is outside [0, 1].
+        """
+        return _init.sparse(self, shape, sparsity, std, dtype)
+
     def bernoulli(self, shape: Shape | int, p: float) -> np.ndarray:
         """Draws True with probability ``p``, as ``torch.empty(shape).bernoulli_(p)``.
 
@@ -209,7 +304,7 @@ class Generator:
         def draw(count: int) -> np.ndarray:
             return self._units(count, double) < p
 
-        return _filled(math.prod(sizes), np.dtype(np.bool_), draw).reshape(sizes)
+        return filled(math.prod(sizes), np.dtype(np.bool_), draw).reshape(sizes)
 
     def dropout_mask(self, shape: Shape | int, p: float) -> np.ndarray:
         """Draws which elements ``torch.nn.functional.dropout(x, p)`` keeps.
@@ -275,7 +370,7 @@ class Generator:
 
         rest = count % BLOCK
         values = np.empty(count, kind)
-        values[: count - rest] = _filled(count - rest, kind, draw)
+        values[: count - rest] = filled(count - rest, kind, draw)
         if rest:
             # The wider dtypes have drawn a uniform for every element before the first normal.
             self._units(rest if kind.itemsize > 2 else 0, kind)
@@ -294,25 +389,3 @@ def _twister(seed: int) -> np.random.MT19937:
         "state": {"key": np.array(key, np.uint32), "pos": _WORDS},
     }
     return bits
-
-
-def _filled(count: int, kind: np.dtype, draw: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Returns ``count`` draws, made in pieces that stay in the cache."""
-    values = np.empty(count, kind)
-    for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
-        values[start:stop] = draw(stop - start)
-    return values
-
-
-def _limit(kind: np.dtype) -> float:
-    """Returns the largest magnitude that parameters of draws in a dtype may have."""
-    return min(float(ml_dtypes.finfo(kind).max), _LARGEST64)
-
-
-def _check_bounds(low: float, high: float, kind: np.dtype) -> None:
-    limit = _limit(kind)
-    inside = abs(low) <= limit and abs(high) <= limit
-    check(inside, f"low and high must lie in [-{limit:.4g}, {limit:.4g}]", low=low, high=high)
-    check(low <= high, "low must not be above high", low=low, high=high)
-    check(high - low <= limit, f"high - low must not be above {limit:.4g}", low=low, high=high)

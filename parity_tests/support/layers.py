@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import nnx
 from numpy.typing import ArrayLike
 
+from flaxstab import linear
 from parity_tests.support.cases import values
 
 SEMANTICS = 1e-12
@@ -81,3 +83,14 @@ def assert_twins(
         size = np.abs(cotangent).max()
         for own, other in zip(found["gradients"], gradients, strict=True):
             assert_same(own, other, size)
+
+
+class Embedded(nnx.Module):
+    """An embedding as a map of floats: the rows that the input's largest elements name."""
+
+    def __init__(self, features: int, **options: object) -> None:
+        self.embed = linear.Embed(features, features, padding_idx=1, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rows = self.embed(jnp.argmax(x, -1))
+        return jnp.asarray(x, rows.dtype) * rows

@@ -34,3 +34,8 @@ def for_faults(budget: Budget, faults: int = 1) -> Budget:
       faults: how many there are, at most.
     """
     return Budget(checks=faults, false_pass=budget.spend() / faults)
+
+
+def divided(budget: Budget, checks: int) -> Budget:
+    """Returns a budget for many checks that together cost one check of another."""
+    return Budget(budget.spend(), checks, budget.false_pass)

@@ -4,6 +4,7 @@ Every entry builds both sides anew, so that no compiled program outlives a plant
 it builds at that moment, so that a plant reaches it.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 DROP = 0.25
 SMOOTHING = 0.1
+PADDING = 2  # the row without a gradient
 _LOW = (jnp.bfloat16,)
 
 Dtypes = tuple[DTypeLike, ...]
@@ -122,34 +124,79 @@ def _conv(seed: int, options: Mapping[str, int], *, same: bool = False) -> Calla
     )
 
 
+def _conv_transpose(seed: int, groups: int) -> Callable[[], Sides]:
+    options = (2, 1, 1, groups)  # stride, padding, output padding
+    return _layer(
+        lambda: linear.ConvTranspose(4, 4, 3, *options, rngs=nnx.Rngs(0)),
+        _torch_nn("ConvTranspose2d", 4, 4, 3, *options),
+        lambda layer, x: witness.conv_transpose(x, layer.weight, layer.bias, *options),
+        normal(2, 3, 3, 4, seed=seed),
+    )
+
+
+def _embedding() -> Callable[[], Sides]:
+    return _layer(
+        lambda: linear.Embed(7, 4, padding_idx=PADDING, rngs=nnx.Rngs(0)),
+        _torch_nn("Embedding", 7, 4, padding_idx=PADDING),
+        lambda layer, ids: witness.embedding(ids, layer.weight, PADDING),
+        np.array([[0, 2, 5], [6, 2, 5]]),
+    )
+
+
 class _Dropped(nnx.Module):
     """Drops, maps and drops again with one layer: its two masks must differ."""
 
-    def __init__(self) -> None:
-        self.lin = linear.Linear(8, 8, rngs=nnx.Rngs(0))
-        self.drop = dropout.Dropout(DROP, rngs=nnx.Rngs(1))
+    def __init__(self, lin: nnx.Module, drop: nnx.Module) -> None:
+        self.lin, self.drop = lin, drop
 
     def __call__(self, x: Array) -> Array:
         return self.drop(self.lin(self.drop(x)))
 
 
-def _dropout() -> Sides:
+def _twice(
+    ours: _Dropped, lin: "torch.nn.Module", drop: "torch.nn.Module", plain: Function, x: np.ndarray
+) -> Sides:
     import torch
 
     class Dropped(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lin, self.drop = torch.nn.Linear(8, 8), torch.nn.Dropout(DROP)
+            self.lin, self.drop = lin, drop
 
         def forward(self, x: "torch.Tensor") -> "torch.Tensor":
             return self.drop(self.lin(self.drop(x)))
 
     class Plain(Dropped):
         def forward(self, x: "torch.Tensor") -> "torch.Tensor":
-            y = _linear(self.lin, self.drop(x) if self.training else x)
+            y = plain(self.lin, self.drop(x) if self.training else x)
             return self.drop(y) if self.training else y
 
-    return Sides(_Dropped(), drawn(Dropped()), (normal(16, 8, seed=1),), drawn(Plain()))
+    return Sides(ours, drawn(Dropped()), (x,), drawn(copy.deepcopy(Plain())), layout=_layout(x))
+
+
+def _dropout() -> Sides:
+    import torch
+
+    rngs = nnx.Rngs(0)
+    ours = _Dropped(linear.Linear(8, 8, rngs=rngs), dropout.Dropout(DROP, rngs=rngs))
+    theirs = torch.nn.Linear(8, 8), torch.nn.Dropout(DROP)
+    return _twice(ours, *theirs, _linear, normal(16, 8, seed=1))
+
+
+def _channel_dropout() -> Sides:
+    import torch
+
+    rngs = nnx.Rngs(0)
+    ours = _Dropped(linear.Conv(8, 8, 1, rngs=rngs), dropout.ChannelDropout(DROP, rngs=rngs))
+    theirs = torch.nn.Conv2d(8, 8, 1), torch.nn.Dropout2d(DROP)
+    return _twice(ours, *theirs, _pointwise, normal(16, 2, 2, 8, seed=1))
+
+
+def _pointwise(layer: "torch.nn.Conv2d", x: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    mixed = torch.einsum("nchw,oc->nohw", x, layer.weight[:, :, 0, 0])
+    return mixed + layer.bias[:, None, None]
 
 
 def _kept(x: "Array | torch.Tensor") -> np.ndarray:
@@ -264,6 +311,9 @@ def _affine() -> dict[str, Callable[[], Sides]]:
         "conv, stride 2": _conv(3, {"padding": 1, "stride": 2}),
         "conv, dilated": _conv(4, {"padding": 2, "dilation": 2}, same=True),
         "conv in groups": _conv(5, {"padding": 1, "groups": 2}),
+        "conv transpose": _conv_transpose(6, 1),
+        "conv transpose in groups": _conv_transpose(7, 2),
+        "embedding": _embedding(),
     }
 
 
@@ -309,6 +359,7 @@ def layers() -> dict[str, Callable[[], Sides]]:
         ),
         **_pooling(),
         "dropout": _dropout,
+        "channel dropout": _channel_dropout,
         "dropout, mask given": _function(
             _masked, _torch_masked, _plain_masked, normal(16, 8, seed=1)
         ),

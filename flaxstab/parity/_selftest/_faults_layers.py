@@ -1,4 +1,4 @@
-"""Faults of linear and convolution layers, activations, pooling, dropout and losses."""
+"""Faults of activations, pooling, dropout and losses."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from flaxstab import dropout, functional
 from flaxstab._typing import Array
-from flaxstab.functional import _linear, _losses
+from flaxstab.functional import _losses
 from flaxstab.parity._selftest._plant import (
     Fault,
     Function,
@@ -21,137 +21,6 @@ from flaxstab.parity._selftest._plant import (
 
 if TYPE_CHECKING:
     import torch
-
-
-def _torch_conv(make: Function) -> Plant:
-    def plant() -> Planted:
-        import torch
-
-        return replaced(torch.nn.Conv2d, "_conv_forward", make)
-
-    return plant
-
-
-def _torch_conv_argument(**changes: Function) -> Plant:
-    def plant() -> Planted:
-        import torch
-
-        return argument(torch.nn.Conv2d, "_conv_forward", **changes)
-
-    return plant
-
-
-def _torch_linear(formula: Function) -> Plant:
-    def plant() -> Planted:
-        import torch
-
-        return replaced(torch.nn.Linear, "forward", lambda _: formula)
-
-    return plant
-
-
-def _torch_in_place() -> Planted:
-    import torch
-
-    def make(original: Function) -> Function:
-        def faulty(layer: "torch.nn.Linear", x: "torch.Tensor") -> "torch.Tensor":
-            y = original(layer, x)
-            x.data.mul_(1.5)
-            return y
-
-        return faulty
-
-    return replaced(torch.nn.Linear, "forward", make)
-
-
-def _torch_padded(before: int, after: int) -> Plant:
-    """Plants the convolution of an image padded unevenly, at the layer's stride."""
-
-    def faulty(
-        layer: "torch.nn.Conv2d", x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor"
-    ) -> "torch.Tensor":
-        functional = torch_functional()
-        padded = functional.pad(x, (before, after) * 2)
-        return functional.conv2d(padded, weight, bias, layer.stride)
-
-    return _torch_conv(lambda _: faulty)
-
-
-def _undilated(
-    layer: "torch.nn.Conv2d", x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor"
-) -> "torch.Tensor":
-    return torch_functional().conv2d(x, weight, bias, layer.stride, layer.padding)
-
-
-def _conv_argument(**changes: Function) -> Plant:
-    return lambda: argument(functional, "conv", **changes)
-
-
-def _swapped_channels(x: Array) -> Array:
-    """Deals the channels 0, 2, 1, 3 to the two groups."""
-    return x[..., jnp.array([0, 2, 1, 3])]
-
-
-_AFFINE = [
-    Fault(
-        "transposed square kernel", "a kernel maps from its first axis to its second", "linear",
-        "output",
-        lambda: argument(functional, "linear", kernel=lambda kernel: kernel.T),
-        _torch_linear(lambda layer, x: x @ layer.weight + layer.bias),
-    ),
-    Fault(
-        "linear without bias", "the bias is added", "linear", "output",
-        lambda: argument(functional, "linear", bias=lambda _: None),
-        _torch_linear(lambda layer, x: x @ layer.weight.T),
-    ),
-    Fault(
-        "1e-9 too large", "float64 agrees to 1e-12", "linear", "output",
-        lambda: result(functional, "linear", lambda y: y * (1 + 1e-9)),
-        _torch_linear(lambda layer, x: (x @ layer.weight.T + layer.bias) * (1 + 1e-9)),
-    ),
-    Fault(
-        "input changed in place", "an input is left as it is", "linear", "grad weight",
-        None,  # JAX's arrays do not change
-        _torch_in_place,
-    ),
-    Fault(
-        "flipped kernel", "a convolution is a correlation", "conv", "output",
-        _conv_argument(kernel=lambda kernel: kernel[::-1, ::-1]),
-        _torch_conv_argument(weight=lambda weight: weight.flip(2, 3)),
-    ),
-    Fault(
-        "kernel axes swapped", "the window's axes keep their order", "conv", "output",
-        _conv_argument(kernel=lambda kernel: kernel.swapaxes(0, 1)),
-        _torch_conv_argument(weight=lambda weight: weight.mT),
-    ),
-    Fault(
-        "conv without bias", "the bias is added", "conv", "output",
-        _conv_argument(bias=lambda _: None),
-        _torch_conv_argument(bias=lambda _: None),
-    ),
-    Fault(
-        "SAME padding at stride 2", "padding=1 pads on both sides", "conv, stride 2", "output",
-        lambda: result(_linear, "padding_pairs", lambda _: ((0, 1), (0, 1))),
-        _torch_padded(0, 1),
-    ),
-    Fault(
-        "windows one pixel early", "the first window starts at -padding", "conv, stride 2",
-        "output",
-        lambda: result(_linear, "padding_pairs", lambda _: ((2, 0), (2, 0))),
-        _torch_padded(2, 0),
-    ),
-    Fault(
-        "dilation ignored", "dilation spaces the window", "conv, dilated", "output",
-        _conv_argument(dilation=lambda _: 1),
-        _torch_conv(lambda _: _undilated),
-    ),
-    Fault(
-        "channels dealt to groups in turn", "a group is neighbouring channels", "conv in groups",
-        "output",
-        _conv_argument(x=_swapped_channels),
-        _torch_conv_argument(input=lambda x: x[:, [0, 2, 1, 3]]),
-    ),
-]  # fmt: skip
 
 
 def _other_slope(original: Function) -> Function:
@@ -266,14 +135,14 @@ def _mask_function(formula: Function) -> Plant:
     return plant
 
 
-def _torch_dropping_always() -> Plant:
+def _torch_dropping_always(name: str) -> Plant:
     def plant() -> Planted:
         import torch
 
         def forward(layer: "torch.nn.Dropout", x: "torch.Tensor") -> "torch.Tensor":
             return torch_functional().dropout(x, layer.p, training=True)
 
-        return replaced(torch.nn.Dropout, "forward", lambda _: forward)
+        return replaced(getattr(torch.nn, name), "forward", lambda _: forward)
 
     return plant
 
@@ -299,7 +168,13 @@ _DROPOUT = [
     Fault(
         "dropout in evaluation", "evaluation is the identity", "dropout", "evaluation",
         lambda: argument(dropout.Dropout, "__call__", deterministic=lambda _: False),
-        _torch_dropping_always(),
+        _torch_dropping_always("Dropout"),
+    ),
+    Fault(
+        "channel dropout in evaluation", "evaluation is the identity", "channel dropout",
+        "evaluation",
+        lambda: argument(dropout.ChannelDropout, "__call__", deterministic=lambda _: False),
+        _torch_dropping_always("Dropout2d"),
     ),
 ]  # fmt: skip
 
@@ -354,4 +229,4 @@ _LOSSES = [
     ),
 ]  # fmt: skip
 
-LAYERS = (*_AFFINE, *_SHAPES, *_DROPOUT, *_LOSSES)
+LAYERS = (*_SHAPES, *_DROPOUT, *_LOSSES)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from flaxstab import dropout, functional, initializers, linear
+from flaxstab._typing import Initializer
 from flaxstab.parity._evidence import Budget, Evidence
 from flaxstab.parity._selftest._cases import DROP
 from flaxstab.parity._selftest._plant import (
@@ -79,6 +80,11 @@ def _kaiming() -> Law:
     return Law(ours, theirs, IsNormal(0.0, _STD, discrepancy=_ONE_PERCENT))
 
 
+def _uniform(x: np.ndarray) -> np.ndarray:
+    """The distribution function of torch's weights behind ``_FANS`` inputs."""
+    return np.clip((x + _BOUND) / (2 * _BOUND), 0, 1)
+
+
 def _weights() -> Law:
     def ours(n: int, seed: int) -> np.ndarray:
         return np.asarray(linear.Linear(_FANS, -(-n // _FANS), rngs=nnx.Rngs(seed)).kernel[...])
@@ -88,10 +94,34 @@ def _weights() -> Law:
 
         return torch.nn.Linear(_FANS, -(-n // _FANS)).weight.detach().numpy()
 
-    def uniform(x: np.ndarray) -> np.ndarray:
-        return np.clip((x + _BOUND) / (2 * _BOUND), 0, 1)
+    return Law(ours, theirs, HasCdf(_uniform, discrepancy=2 * _ONE_PERCENT))
 
-    return Law(ours, theirs, HasCdf(uniform, discrepancy=2 * _ONE_PERCENT))
+
+def _transposed_weights() -> Law:
+    def ours(n: int, seed: int) -> np.ndarray:
+        rows = -(-n // _FANS)
+        return np.asarray(
+            linear.ConvTranspose(rows, _FANS // 4, 2, rngs=nnx.Rngs(seed)).kernel[...]
+        )
+
+    def theirs(n: int, _: int) -> np.ndarray:
+        import torch
+
+        return torch.nn.ConvTranspose2d(-(-n // _FANS), _FANS // 4, 2).weight.detach().numpy()
+
+    return Law(ours, theirs, HasCdf(_uniform, discrepancy=2 * _ONE_PERCENT))
+
+
+def _rows() -> Law:
+    def ours(n: int, seed: int) -> np.ndarray:
+        return np.asarray(linear.Embed(-(-n // _FANS), _FANS, rngs=nnx.Rngs(seed)).embedding[...])
+
+    def theirs(n: int, _: int) -> np.ndarray:
+        import torch
+
+        return torch.nn.Embedding(-(-n // _FANS), _FANS).weight.detach().numpy()
+
+    return Law(ours, theirs, IsNormal(0.0, 1.0, discrepancy=_ONE_PERCENT))
 
 
 def _dropped(calls: int, statistic: Callable[..., np.ndarray], claim: HasMean) -> Law:
@@ -117,6 +147,8 @@ def laws() -> dict[str, Callable[[], Law]]:
     return {
         "kaiming_normal": _kaiming,
         "weights of Linear": _weights,
+        "weights of ConvTranspose": _transposed_weights,
+        "rows of Embed": _rows,
         "drop rate": lambda: _dropped(
             1, lambda y: y == 0, HasMean(DROP, discrepancy=_ONE_PERCENT * DROP)
         ),
@@ -145,6 +177,10 @@ def _torch_wider() -> Planted:
     return result(torch.nn.init, "kaiming_normal_", grow)
 
 
+def _centred() -> Initializer:
+    return initializers.normal(0.0, _BOUND / math.sqrt(3))
+
+
 def _torch_centred() -> Planted:
     import torch
 
@@ -153,6 +189,27 @@ def _torch_centred() -> Planted:
             return tensor.normal_(0.0, _BOUND / math.sqrt(3))
 
     return replaced(torch.nn.init, "kaiming_uniform_", lambda _: normal)
+
+
+def _torch_fan_out() -> Planted:
+    import torch
+
+    return argument(torch.nn.init, "kaiming_uniform_", mode=lambda _: "fan_out")
+
+
+def _torch_narrow() -> Planted:
+    import torch
+
+    return argument(torch.nn.init, "normal_", std=lambda _: 1 / math.sqrt(_FANS))
+
+
+def _narrow(make: Function) -> Function:
+    """Returns Flax's law of embeddings in place of torch's."""
+
+    def made(padding_idx: int | None) -> Function:
+        return lambda *draw: make(padding_idx)(*draw) / math.sqrt(_FANS)
+
+    return made
 
 
 def _torch_dropout(make: Function) -> Planted:
@@ -183,8 +240,21 @@ LAWS = (
     ),
     Fault(
         "normal for uniform", "weights start uniform", "weights of Linear", "law",
-        lambda: replaced(initializers, "_symmetric", lambda _: initializers._centred),
+        lambda: replaced(initializers, "torch_weight", lambda _: _centred),
         _torch_centred,
+    ),
+    Fault(
+        "fan of the input", "a transposed kernel's fan counts the outputs",
+        "weights of ConvTranspose", "law",
+        lambda: argument(
+            initializers, "torch_weight", in_axis=lambda _: -2, out_axis=lambda _: -1
+        ),
+        _torch_fan_out,
+    ),
+    Fault(
+        "embedding by its width", "an embedding starts as N(0, 1)", "rows of Embed", "law",
+        lambda: replaced(initializers, "torch_embedding", _narrow),
+        _torch_narrow,
     ),
     Fault(
         "drop rate 1 % off", "p is the probability of dropping", "drop rate", "law",
@@ -193,7 +263,7 @@ LAWS = (
     ),
     Fault(
         "repeated mask", "every call draws a mask", "masks of two calls", "law",
-        lambda: replaced(dropout.Dropout, "_key", lambda _: lambda *_: jax.random.key(3)),
+        lambda: argument(functional, "dropout_mask", key=lambda _: jax.random.key(3)),
         lambda: _torch_dropout(_torch_repeated),
     ),
     Fault(

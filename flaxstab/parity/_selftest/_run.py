@@ -10,6 +10,7 @@ from flaxstab._checks import check
 from flaxstab.parity._selftest._cases import layers
 from flaxstab.parity._selftest._cases_training import training
 from flaxstab.parity._selftest._faults_layers import LAYERS
+from flaxstab.parity._selftest._faults_linear import LINEAR
 from flaxstab.parity._selftest._faults_norms import NORMS
 from flaxstab.parity._selftest._faults_optim import OPTIM
 from flaxstab.parity._selftest._faults_precision import PRECISION
@@ -21,7 +22,7 @@ from flaxstab.parity._selftest._plant import Fault, Sides
 from flaxstab.parity._selftest._table import Clean, Outcome, Table
 
 SideChoice = Literal["jax", "torch", "both", "random"]
-FAULTS: tuple[Fault, ...] = (*NORMS, *LAYERS, *PRECISION, *OPTIM, *STEPS, *LAWS)
+FAULTS: tuple[Fault, ...] = (*NORMS, *LINEAR, *LAYERS, *PRECISION, *OPTIM, *STEPS, *LAWS)
 
 
 def cases() -> Mapping[str, Callable[[], Sides | Law]]:

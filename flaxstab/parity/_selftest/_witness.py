@@ -93,6 +93,43 @@ def conv(
     return torch.cat(results, 1) + bias[:, None, None]
 
 
+def conv_transpose(
+    x: "torch.Tensor",
+    weight: "torch.Tensor",
+    bias: "torch.Tensor",
+    stride: int,
+    padding: int,
+    output_padding: int,
+    groups: int,
+) -> "torch.Tensor":
+    """Adds each pixel's square kernel where it lands in the output, then cuts the frame off."""
+    import torch
+
+    size, side = weight.shape[-1], x.shape[-1]
+    whole = (side - 1) * stride + size + output_padding
+    reach = (side - 1) * stride + 1
+    results = []
+    for part, kernel in zip(x.chunk(groups, 1), weight.chunk(groups, 0), strict=True):
+        total = x.new_zeros(x.shape[0], kernel.shape[1], whole, whole)
+        for i, j in itertools.product(range(size), range(size)):
+            landed = torch.zeros_like(total)
+            placed = torch.einsum("nchw,co->nohw", part, kernel[:, :, i, j])
+            landed[:, :, i : i + reach : stride, j : j + reach : stride] = placed
+            total = total + landed
+        results.append(total)
+    kept = slice(padding, whole - padding)
+    return torch.cat(results, 1)[:, :, kept, kept] + bias[:, None, None]
+
+
+def embedding(ids: "torch.Tensor", weight: "torch.Tensor", padding: int) -> "torch.Tensor":
+    """Looks rows up; the padding row as a constant."""
+    import torch
+
+    chosen = torch.eye(len(weight), dtype=weight.dtype)[ids]
+    learning = torch.arange(len(weight)) != padding
+    return chosen @ torch.where(learning[:, None], weight, weight.detach())
+
+
 def windows(x: "torch.Tensor", size: int, stride: int, padding: int, fill: float) -> "torch.Tensor":
     """Returns the elements of every window, shape ``(size², N, C, H', W')``."""
     import torch

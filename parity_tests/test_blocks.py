@@ -1,0 +1,251 @@
+"""``flaxstab.blocks`` against ``torch_ref.blocks``."""
+
+import functools
+import math
+import pickle
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from flaxstab import blocks, initializers, interop, norms, parity
+from flaxstab.blocks._parts import residual
+from parity_tests.support.cases import values
+from parity_tests.support.layers import assert_twins, image
+from torch_ref import blocks as theirs
+
+Block = Callable[..., nnx.Module]
+SHAPES = {  # in_ch, out_ch, stride: equal, other channels, other size, both
+    "same": (4, 4, 1),
+    "wider": (4, 6, 1),
+    "smaller": (4, 4, 2),
+    "both": (4, 6, 2),
+}
+
+
+def basic(in_ch: int, out_ch: int, stride: int) -> tuple[Block, Callable[[], torch.nn.Module]]:
+    arguments = (in_ch, out_ch, stride)
+    return (
+        functools.partial(blocks.BasicBlock, *arguments),
+        functools.partial(theirs.BasicBlock, *arguments),
+    )
+
+
+def pre_act(
+    in_ch: int, out_ch: int, stride: int, drop: float = 0.0
+) -> tuple[Block, Callable[[], torch.nn.Module]]:
+    arguments = (in_ch, out_ch, 2, stride, drop)
+    return (
+        functools.partial(blocks.PreActResBlock, *arguments),
+        functools.partial(theirs.PreActResBlock, *arguments),
+    )
+
+
+TWINS = {
+    **{f"basic {name}": basic(*shape) for name, shape in SHAPES.items()},
+    **{f"pre-act {name}": pre_act(*shape) for name, shape in SHAPES.items()},
+    "pre-act dropping": pre_act(4, 6, 2, 0.3),
+}
+each_twin = pytest.mark.parametrize(("ours", "twin"), TWINS.values(), ids=TWINS)
+IMAGES = values(3, 5, 4, 4, offset=1.0)
+
+
+def compared(ours: Block, twin: Callable[[], torch.nn.Module]) -> parity.Report:
+    """Training, gradients, statistics after 1, 2 and 10 steps, evaluation; gamma and beta drawn."""
+    torch.manual_seed(0)
+    module = twin()
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.5)
+    return parity.compare(ours(rngs=nnx.Rngs(0)), module, IMAGES, layout="image", dtypes=())
+
+
+@pytest.mark.parametrize("name", ["basic both", "pre-act dropping"])
+def test_a_block_is_its_twin(name: str) -> None:
+    report = compared(*TWINS[name])
+    assert report.passed, str(report)
+
+
+def assert_twin(ours: Block, twin: Callable[[], torch.nn.Module]) -> None:
+    """Output in training and the gradient for the input."""
+    torch.manual_seed(0)
+    module = twin().double()
+    with jax.enable_x64(True):
+        block = ours(param_dtype="float64", rngs=nnx.Rngs(0))
+        interop.load_state_dict(block, module.state_dict())
+        graph, state = nnx.split(block)
+
+    def fresh(x: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state, copy=True)(x)
+
+    assert_twins(fresh, image(module), IMAGES)
+
+
+@pytest.mark.parametrize("kind", ["basic", "pre-act"])
+def test_where_no_shape_changes_the_skip_is_the_input_as_in_the_twin(kind: str) -> None:
+    assert_twin(*TWINS[f"{kind} same"])
+
+
+@each_twin
+def test_names_and_shapes_are_the_twins(ours: Block, twin: Callable[[], torch.nn.Module]) -> None:
+    """So either change of shape, of channels or of size, projects the skip as the twin's."""
+    found = {n: a.shape for n, a in interop.state_dict(ours(rngs=nnx.Rngs(0))).items()}
+    assert found == {n: tuple(t.shape) for n, t in twin().state_dict().items()}
+
+
+class Late(blocks.PreActResBlock):
+    """A fault: the activation behind the second norm is missing."""
+
+    def _branch(self, x: jax.Array) -> jax.Array:
+        return self.conv2(self.norm2(self.conv1(self.act(self.norm1(x)))))
+
+
+class Early(blocks.BasicBlock):
+    """A fault: the last activation before the addition."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return residual(x, lambda x: self.act(self._branch(x)), self.downsample)
+
+
+@pytest.mark.parametrize(("fault", "name"), [(Early, "basic same"), (Late, "pre-act same")])
+def test_an_activation_in_another_place_is_found(fault: Block, name: str) -> None:
+    ours, twin = TWINS[name]
+    with pytest.raises(AssertionError, match="is above the bound"):
+        assert_twin(functools.partial(fault, *ours.args), twin)
+
+
+@pytest.mark.parametrize("name", ["basic both", "pre-act both"])
+def test_kernels_start_by_hes_law_and_the_rest_as_in_torch(name: str) -> None:
+    ours, twin = TWINS[name]
+    model = ours(rngs=nnx.Rngs(0))
+    reference = twin().state_dict()
+    for key, array in interop.state_dict(model).items():
+        if array.ndim == 4:
+            law = math.sqrt(2 / math.prod(array.shape[1:]))
+            # but once in 5e8 samples; a convolution here has 24 to 324 weights
+            assert abs(array.std() - law) <= 6 * law / math.sqrt(2 * array.size), key
+        else:
+            np.testing.assert_array_equal(array, reference[key].numpy())
+
+
+def test_other_norms_activations_and_initializers_can_be_chosen() -> None:
+    own = functools.partial(norms.GroupNorm, 2)
+    for make in (blocks.BasicBlock, blocks.PreActResBlock):
+        block = make(4, 8, stride=2, norm=own, act=jnp.tanh, kernel_init=initializers.constant(0.1),
+                     rngs=nnx.Rngs(0))  # fmt: skip
+        found = [m for _, m in nnx.iter_modules(block) if isinstance(m, norms.GroupNorm)]
+        assert len(found) == (3 if make is blocks.BasicBlock else 2)
+        kernels = [m.kernel[...] for _, m in nnx.iter_modules(block) if "kernel" in vars(m)]
+        assert len(kernels) == 3
+        assert all((kernel == np.float32(0.1)).all() for kernel in kernels)
+        assert block.act is jnp.tanh
+        assert output(block, jnp.asarray(IMAGES, jnp.float32)).shape == (3, 3, 2, 8)
+
+
+def test_the_activation_is_used_everywhere() -> None:
+    """With the identity the pre-activation block of zero kernels is linear in its skip."""
+    zero = initializers.zeros
+    x = jnp.asarray(values(2, 3, 3, 4, offset=0.0), jnp.float32)
+    block = blocks.BasicBlock(4, 4, act=lambda x: x, kernel_init=zero, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(block(x), x)
+    assert (x < 0).any()
+    squared = blocks.BasicBlock(4, 4, act=jnp.square, kernel_init=zero, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(squared(x), x**2)
+
+
+def test_the_defaults_are_the_documents() -> None:
+    block, twin = blocks.PreActResBlock(32, 32, rngs=nnx.Rngs(0)), theirs.PreActResBlock(32, 32)
+    assert block.norm1.num_groups == twin.norm1.num_groups == 32
+    assert block.drop.p == twin.drop.p == 0
+    assert block.skip is None
+    assert blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0)).downsample is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda r: blocks.BasicBlock(0, 4, rngs=r), "in_ch must be .* got in_ch=0"),
+        (lambda r: blocks.BasicBlock(4, 4, 0, rngs=r), "stride must be .* got stride=0"),
+        (lambda r: blocks.PreActResBlock(4, 4, 0, rngs=r), "groups must be .* got groups=0"),
+        (
+            lambda r: blocks.PreActResBlock(4, 6, 4, rngs=r),
+            "groups must divide in_ch and out_ch, got groups=4 and in_ch=4 and out_ch=6",
+        ),
+        (lambda r: blocks.PreActResBlock(4, 4, 2, 1, -0.1, rngs=r), r"p must lie in \[0, 1\]"),
+        (lambda r: blocks.PreActResBlock(4, 4, 2, 1, 1.1, rngs=r), r"p must lie in \[0, 1\]"),
+    ],
+)
+def test_bad_arguments_are_named(make: Callable[[nnx.Rngs], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(nnx.Rngs(0))
+
+
+BOTH = {"basic": basic(4, 6, 2)[0], "pre-act": pre_act(4, 6, 2, 0.3)[0]}
+each_block = pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
+
+
+def output(block: nnx.Module, x: jax.Array) -> jax.ShapeDtypeStruct:
+    with jax.numpy_dtype_promotion("strict"):
+        return nnx.eval_shape(lambda block, x: block(x), block, x)
+
+
+@each_block
+def test_dtypes_reach_every_layer(make: Block) -> None:
+    block = make(dtype=jnp.bfloat16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+    params = jax.tree.leaves(nnx.state(block, nnx.Param))
+    assert {leaf.dtype.name for leaf in params} == {"float16"}
+    x = jnp.asarray(IMAGES, jnp.float32)
+    assert output(block, x).dtype == jnp.bfloat16
+    assert output(make(rngs=nnx.Rngs(0)), jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("make", [basic(4, 4, 1)[0], pre_act(4, 4, 1)[0]], ids=BOTH)
+def test_an_identity_skip_takes_the_branchs_dtype(make: Block) -> None:
+    block = make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert output(block, jnp.asarray(IMAGES, jnp.float32)).dtype == jnp.bfloat16
+
+
+@each_block
+def test_a_block_is_merged_pickled_and_given_an_empty_batch(make: Block) -> None:
+    block = make(rngs=nnx.Rngs(0))
+    block.eval()
+    x = jnp.asarray(IMAGES, jnp.float32)
+    expected = block(x)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(block))(x), expected)  # noqa: S301
+    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
+        np.testing.assert_array_equal(nnx.merge(*nnx.split(block))(x), expected)
+    assert output(block, x[:0]).shape == (0, 3, 2, 6)
+
+
+@each_block
+def test_stacked_blocks_are_mapped(make: Block) -> None:
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap
+    def stack(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs=rngs)
+
+    def run(block: nnx.Module, x: jax.Array) -> jax.Array:
+        return nnx.vmap(lambda block, x: block(x), in_axes=(0, None))(block, x)
+
+    many = nnx.eval_shape(lambda: stack(nnx.Rngs(0)))
+    assert nnx.eval_shape(run, many, jnp.asarray(IMAGES, jnp.float32)).shape == (2, 3, 3, 2, 6)
+
+
+def test_a_block_drops_whole_channels_of_its_branch_in_training() -> None:
+    block = blocks.PreActResBlock(4, 4, 2, drop=0.5, rngs=nnx.Rngs(0))
+    x = jnp.asarray(IMAGES, jnp.float32)
+    dropped = np.asarray(block(x) == x)
+    assert (dropped == dropped[:, :1, :1]).all()
+    assert 0 < dropped[:, 0, 0].sum() < dropped[:, 0, 0].size
+    block.eval()
+    assert not np.asarray(block(x) == x).any()
+
+
+def test_nothing_needs_a_dropout_stream_unless_something_drops() -> None:
+    blocks.PreActResBlock(4, 4, 2, rngs=nnx.Rngs(params=0))
+    with pytest.raises(ValueError, match="dropout needs a 'dropout' stream"):
+        blocks.PreActResBlock(4, 4, 2, drop=0.1, rngs=nnx.Rngs(params=0))

@@ -1,0 +1,319 @@
+"""``zero_last_gamma``: branches start at zero, blocks are their skip path, and branches train."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from flaxstab import blocks, linear, norms, surgery
+from flaxstab.surgery import _residual
+from parity_tests.support.cases import values
+from torch_ref import blocks as torch_blocks
+from torch_ref import surgery as torch_surgery
+
+IMAGES = jnp.asarray(values(3, 5, 4, 4, offset=0.5), jnp.float32)
+TOKENS = jnp.asarray(values(3, 5, 4, offset=0.5), jnp.float32)
+
+
+class PreLN(nnx.Module):
+    """Norm, attention, add; norm, feed-forward, add."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.ln1, self.ln2 = norms.LayerNorm(4), norms.LayerNorm(4)
+        self.attn = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+        self.first, self.second = linear.Linear(4, 6, rngs=rngs), linear.Linear(6, 4, rngs=rngs)
+
+    def feed(self, x: jax.Array) -> jax.Array:
+        return self.second(nnx.gelu(self.first(x)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(self.ln1(x))
+        return x + self.feed(self.ln2(x))
+
+
+class PostLN(PreLN):
+    """Attention, add, norm; feed-forward, add, norm."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.ln1(x + self.attn(x))
+        return self.ln2(x + self.feed(x))
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teaches surgery the two blocks, for one test."""
+    monkeypatch.setattr(_residual, "_RESIDUAL", dict(_residual._RESIDUAL))
+    surgery.register_residual(
+        PreLN, lambda block: surgery.last_parameters(block.attn.out, block.second)
+    )
+    surgery.register_residual(PostLN, surgery.refuse_post_norm)
+
+
+def relu_of_skip(block: blocks.BasicBlock, x: jax.Array) -> jax.Array:
+    return nnx.relu(x if block.downsample is None else block.downsample(x))
+
+
+def skip(block: blocks.PreActResBlock, x: jax.Array) -> jax.Array:
+    return x if block.skip is None else block.skip(x)
+
+
+Build = Callable[[], nnx.Module]
+Skip = Callable[[nnx.Module, jax.Array], jax.Array]
+KINDS: dict[str, tuple[Build, Skip, jax.Array, list[str]]] = {
+    "post-activation": (
+        lambda: blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0)), relu_of_skip, IMAGES,
+        ["bn2.bias", "bn2.scale"],
+    ),
+    "pre-activation": (
+        lambda: blocks.PreActResBlock(4, 4, 2, rngs=nnx.Rngs(0)), skip, IMAGES, ["conv2.kernel"],
+    ),
+    "Pre-LN": (
+        lambda: PreLN(nnx.Rngs(0)), lambda _, x: x, TOKENS,
+        ["attn.out.bias", "attn.out.kernel", "second.bias", "second.kernel"],
+    ),
+}  # fmt: skip
+each_kind = pytest.mark.parametrize(("build", "expected", "x", "names"), KINDS.values(), ids=KINDS)
+
+
+def flat(model: nnx.Module) -> dict[str, np.ndarray]:
+    found = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in found}
+
+
+def descent(model: nnx.Module, x: jax.Array) -> Callable[[int], None]:
+    """Returns a step of SGD from a random cotangent of the given seed."""
+    graph, _, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def gradient(params: nnx.State, cotangent: jax.Array) -> nnx.State:
+        def inner(params: nnx.State) -> jax.Array:
+            return jnp.vdot(nnx.merge(graph, params, rest, copy=True)(x), cotangent)
+
+        return jax.grad(inner)(params)
+
+    shape = nnx.eval_shape(lambda model: model(x), model).shape
+
+    def step(seed: int) -> None:
+        cotangent = jnp.asarray(values(*shape, seed=seed, offset=0.0), jnp.float32)
+        params = nnx.state(model, nnx.Param)
+        new = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient(params, cotangent))
+        nnx.update(model, new)
+
+    return step
+
+
+def assert_starts_at_its_skip_and_trains(
+    model: nnx.Module, expected: Skip, x: jax.Array, names: list[str]
+) -> None:
+    """The block is its skip, bit for bit; a step later it is not; in the second step all moves.
+
+    Args:
+      model: a block whose branch is to be 0.
+      expected: the skip path.
+      x: an input.
+      names: the variables that are 0.
+    """
+    np.testing.assert_array_equal(model(x), expected(model, x))
+    assert all(not flat(model)[name].any() for name in names)
+    before, step = flat(model), descent(model, x)
+    step(0)
+    moved = [name for name in names if flat(model)[name].any()]
+    assert moved == names, f"0 for ever: {set(names) - set(moved)}"
+    assert (np.asarray(model(x)) != np.asarray(expected(model, x))).any()
+    step(1)
+    still = {name for name, array in flat(model).items() if np.array_equal(array, before[name])}
+    assert still <= {"attn.key.bias"}  # its true gradient is 0: softmax ignores a shift
+
+
+@each_kind
+def test_a_block_starts_as_its_skip_and_its_branch_trains(
+    build: Build, expected: Skip, x: jax.Array, names: list[str]
+) -> None:
+    model = build()
+    before = flat(model)
+    assert surgery.zero_last_gamma(model) == names
+    for name, array in flat(model).items():
+        if name not in names:
+            np.testing.assert_array_equal(array, before[name])
+    assert_starts_at_its_skip_and_trains(model, expected, x, names)
+
+
+def test_a_zero_scale_before_relu_never_trains_and_is_found() -> None:
+    """The documents' way for pre-activation blocks: gamma = beta = 0 before a ReLU."""
+    model = blocks.PreActResBlock(4, 4, 2, rngs=nnx.Rngs(0))
+    names = ["norm2.bias", "norm2.scale"]
+    for variable in (model.norm2.bias, model.norm2.scale):
+        variable[...] = jnp.zeros(4)
+    before = flat(model)
+    with pytest.raises(AssertionError, match="0 for ever"):
+        assert_starts_at_its_skip_and_trains(model, skip, IMAGES, names)
+    step = descent(model, IMAGES)
+    for seed in range(5):
+        step(seed)
+    for name, array in flat(model).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_a_branch_that_is_not_zero_is_found() -> None:
+    model = blocks.PreActResBlock(4, 4, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(AssertionError, match="Arrays are not equal"):
+        assert_starts_at_its_skip_and_trains(model, skip, IMAGES, [])
+
+
+def test_blocks_that_project_start_as_their_projection() -> None:
+    for model, expected in (
+        (blocks.BasicBlock(4, 6, 2, rngs=nnx.Rngs(0)), relu_of_skip),
+        (blocks.PreActResBlock(4, 6, 2, 2, 0.3, rngs=nnx.Rngs(0)), skip),
+    ):
+        surgery.zero_last_gamma(model)
+        np.testing.assert_array_equal(model(IMAGES), expected(model, IMAGES))
+
+
+def test_a_bias_of_the_last_norm_is_zeroed_too() -> None:
+    model = blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0))
+    model.bn2.bias[...] = jnp.ones(4)
+    surgery.zero_last_gamma(model)
+    np.testing.assert_array_equal(model(IMAGES), nnx.relu(IMAGES))
+
+
+def test_the_last_norm_may_have_no_bias() -> None:
+    def norm(channels: int, **options: object) -> nnx.Module:
+        return norms.BatchNorm(channels, bias=False, **options)
+
+    model = blocks.BasicBlock(4, 4, norm=norm, rngs=nnx.Rngs(0))
+    assert surgery.zero_last_gamma(model) == ["bn2.scale"]
+    np.testing.assert_array_equal(model(IMAGES), nnx.relu(IMAGES))
+
+
+def test_the_norms_that_are_zeroed_are_torch_refs() -> None:
+    theirs = torch.nn.Sequential(torch_blocks.BasicBlock(4, 4), torch_blocks.BasicBlock(4, 6, 2))
+    ours = nnx.List([blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0)),
+                     blocks.BasicBlock(4, 6, 2, rngs=nnx.Rngs(0))])  # fmt: skip
+    expected = torch_surgery.zero_last_bn_gamma(theirs)
+    assert surgery.zero_last_gamma(ours) == [
+        f"{n}.{v}" for n in expected for v in ("bias", "scale")
+    ]
+    scales = {n: a for n, a in flat(ours).items() if n.endswith("scale")}
+    weights = {n: p for n, p in theirs.named_parameters() if p.ndim == 1 and n.endswith("weight")}
+    for (name, scale), weight in zip(scales.items(), weights.values(), strict=True):
+        np.testing.assert_array_equal(scale, weight.detach().numpy(), err_msg=name)
+
+
+@pytest.fixture(params=[True, False], ids=["graph", "tree"])
+def mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test in NNX's graph mode and in tree mode."""
+    with nnx.set_graph_mode(request.param), nnx.set_graph_updates(request.param):
+        yield
+
+
+class Deep(nnx.Module):
+    """Eleven blocks in a list, and a layer that is none."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.head = linear.Linear(2, 2, rngs=rngs)
+        self.blocks = nnx.List([blocks.PreActResBlock(2, 2, 1, rngs=rngs) for _ in range(11)])
+
+
+@pytest.mark.usefixtures("mode")
+def test_blocks_anywhere_are_found_and_named_in_order() -> None:
+    model = Deep()
+    assert surgery.zero_last_gamma(model) == [f"blocks.{n}.conv2.kernel" for n in range(11)]
+    assert not any(block.conv2.kernel[...].any() for block in model.blocks)
+    assert all(block.conv1.kernel[...].any() for block in model.blocks)
+
+
+@pytest.mark.usefixtures("mode")
+def test_branches_are_zeroed_under_jit_and_dtypes_kept() -> None:
+    @nnx.jit
+    def build() -> nnx.Module:
+        model = blocks.BasicBlock(2, 2, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        surgery.zero_last_gamma(model)
+        return model
+
+    scale = build().bn2.scale[...]
+    assert (scale.dtype, scale.any()) == (jnp.bfloat16, False)
+
+
+def test_stacked_blocks_start_at_zero() -> None:
+    many = nnx.vmap(lambda rngs: blocks.PreActResBlock(4, 4, 2, rngs=rngs))(nnx.Rngs(0).split(3))
+    assert surgery.zero_last_gamma(many) == ["conv2.kernel"]
+    assert many.conv2.kernel.shape == (3, 3, 3, 4, 4)
+    run = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    np.testing.assert_array_equal(run(IMAGES, many), IMAGES)
+
+
+def test_post_ln_is_refused_with_the_reason_and_nothing_is_zeroed() -> None:
+    model = nnx.Dict(a=blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0)), b=PostLN(nnx.Rngs(0)))
+    before = flat(model)
+    with pytest.raises(
+        ValueError, match="got 'b' PostLN: its norm stands behind the addition"
+    ) as e:
+        surgery.zero_last_gamma(model)
+    assert str(e.value).endswith(
+        "so a zero scale would make the whole block 0, skip and all. Use Pre-LN."
+    )
+    for name, array in flat(model).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_the_reason_for_refusing_post_ln_is_true() -> None:
+    block = PostLN(nnx.Rngs(0))
+    block.ln2.scale[...] = jnp.zeros(4)
+    np.testing.assert_array_equal(block(TOKENS), np.zeros(TOKENS.shape))
+
+
+def test_a_norm_without_scale_is_refused_by_the_blocks_name() -> None:
+    def norm(channels: int, **options: object) -> nnx.Module:
+        return norms.BatchNorm(channels, affine=False, **options)
+
+    model = nnx.Dict(stage=nnx.List([blocks.BasicBlock(4, 4, norm=norm, rngs=nnx.Rngs(0))]))
+    message = "got 'stage.0' BasicBlock: its last layer is a BatchNorm without a scale or a kernel"
+    with pytest.raises(ValueError, match=message):
+        surgery.zero_last_gamma(model)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"got model='Linear'\. Call flaxstab.surgery.register_resid"
+    ):
+        surgery.zero_last_gamma(linear.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_a_subclass_is_treated_as_its_parent_unless_registered() -> None:
+    class Own(blocks.BasicBlock):
+        pass
+
+    block = Own(4, 4, rngs=nnx.Rngs(0))
+    assert surgery.zero_last_gamma(block) == ["bn2.bias", "bn2.scale"]
+    surgery.register_residual(Own, lambda block: [block.conv2.kernel])
+    assert surgery.zero_last_gamma(block) == ["conv2.kernel"]
+
+
+def test_a_type_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="registered once, got block_type='BasicBlock'"):
+        surgery.register_residual(blocks.BasicBlock, surgery.refuse_post_norm)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (lambda _: [], "must return a variable, or say why there is none, got block='Own'"),
+        (lambda block: [block.bias], "must return variables of the model, got returned='NoneType'"),
+        (lambda _: [nnx.Param(jnp.ones(2))], "variables of the model, got returned='Param'"),
+    ],
+)
+def test_what_a_registered_function_returns_is_checked(
+    last: Callable[..., object], message: str
+) -> None:
+    class Own(nnx.Module):
+        def __init__(self) -> None:
+            self.bias = None
+
+    surgery.register_residual(Own, last)
+    with pytest.raises(ValueError, match=message):
+        surgery.zero_last_gamma(Own())
