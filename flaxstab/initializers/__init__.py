@@ -11,6 +11,7 @@ from flaxstab.initializers._defaults import torch_bias as torch_bias
 from flaxstab.initializers._defaults import torch_embedding as torch_embedding
 from flaxstab.initializers._defaults import torch_recurrent as torch_recurrent
 from flaxstab.initializers._defaults import torch_weight as torch_weight
+from flaxstab.initializers._fans import XAVIER as XAVIER
 from flaxstab.initializers._fans import FanMode as FanMode
 from flaxstab.initializers._fans import Nonlinearity as Nonlinearity
 from flaxstab.initializers._fans import calculate_gain as calculate_gain

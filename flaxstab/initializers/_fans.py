@@ -15,6 +15,8 @@ Nonlinearity = Literal[
     "conv_transpose3d", "sigmoid", "tanh", "relu", "leaky_relu", "selu",
 ]  # fmt: skip
 FanMode = Literal["fan_in", "fan_out"]
+XAVIER = ("tanh", "sigmoid", "linear")
+"""The activations for which document 2 takes Xavier's law; for all others it takes Kaiming's."""
 Axes: TypeAlias = int | tuple[int, ...]
 
 

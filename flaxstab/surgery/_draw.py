@@ -150,9 +150,6 @@ def _held(module: nnx.Module, name: str) -> _Held:
     return _Held(held, held)
 
 
-_XAVIER = ("tanh", "sigmoid", "linear")
-
-
 def init_layer(
     module: nnx.Module, nonlin: str = "relu", leaky_slope: float = 0.01, *, rngs: nnx.Rngs
 ) -> None:
@@ -187,7 +184,7 @@ def init_layer(
 
 
 def _law(nonlin: str, leaky_slope: float) -> Initializer:
-    if nonlin in _XAVIER:
+    if nonlin in initializers.XAVIER:
         return initializers.xavier_uniform()
     if nonlin == "leaky_relu":
         return initializers.kaiming_normal(leaky_slope, nonlinearity="leaky_relu")

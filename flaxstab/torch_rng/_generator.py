@@ -34,9 +34,9 @@ class Generator:
     leaves it, so calls in the order of a model's construction give that model's initial weights.
 
     Bit-equal to PyTorch 2.13 on x86-64 with AVX2 and FMA: everything except what
-    :meth:`trunc_normal` names. numpy computes the same numbers on any machine, but for normals
-    that go through float64 (fewer than 16 at once, or dtype float64), which take the logarithm,
-    sine and cosine of the C library at hand, as PyTorch does.
+    :meth:`trunc_normal` and :meth:`orthogonal` name. numpy computes the same numbers on any
+    machine, but for normals that go through float64 (fewer than 16 at once, or dtype float64),
+    which take the logarithm, sine and cosine of the C library at hand, as PyTorch does.
 
     Where PyTorch does without AVX2 and FMA, its uniforms, masks and permutations are the same and
     its normals differ in the last bits: with ``ATEN_CPU_CAPABILITY=default`` 61 % of the float32

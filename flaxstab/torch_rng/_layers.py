@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from flax import nnx
 
-from flaxstab import interop, linear, norms
+from flaxstab import initializers, interop, linear, norms
 from flaxstab._checks import check
 from flaxstab.torch_rng._generator import Generator
 
@@ -164,7 +164,7 @@ def init_layer(nonlin: str = "relu", leaky_slope: float = 0.01) -> Draw:
         if weight is None or not reached or weight.ndim not in (2, 4):
             return {}
         shape, dtype = weight.shape, weight.dtype
-        if nonlin in ("tanh", "sigmoid", "linear"):
+        if nonlin in initializers.XAVIER:
             new = generator.xavier_uniform(shape, dtype=dtype)
         elif nonlin == "leaky_relu":
             new = generator.kaiming_normal(shape, leaky_slope, dtype=dtype)
