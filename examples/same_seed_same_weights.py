@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from _cli import LARGEST_SEED, Parser, leave, whole
+from _cli import Parser, leave, whole
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -69,7 +69,7 @@ class Twins(NamedTuple):
 
 def resnet(seed: int) -> nnx.Module:
     """Returns the residual network; its blocks end by drawing their convolutions again."""
-    then = {blocks.BasicBlock: torch_rng.init_layer("relu")}
+    then = {blocks.BasicBlock: torch_rng.layer_rule("relu")}
     return torch_rng.seed_parameters(ResNet, seed, then=then)
 
 
@@ -141,7 +141,7 @@ def differing(ours: Weights, theirs: Weights) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit code: 1 if a bit differs."""
     parser = Parser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    seeds = whole(-LARGEST_SEED, LARGEST_SEED)
+    seeds = whole(-(2**63), 2**64 - 1)
     parser.add_argument("--seed", type=seeds, default=0, metavar="N", help="default: 0")
     seed = parser.parse_args(arguments).seed
     both = importlib.util.find_spec("torch") is not None
@@ -165,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    if not both:
+    if both:
+        console.print(f"{wrong} bits differ.")
+    else:
         console.print("PyTorch is not installed: nothing to compare with, and nothing needed.")
     return int(wrong > 0)
 

@@ -66,7 +66,7 @@ def test_the_models_of_these_tests_run_when_nothing_is_wrong() -> None:
 def test_an_error_inside_a_flax_model_names_the_submodule() -> None:
     message = refusal(lambda: parity.compare(Nested(5), TorchNested(5), IMAGES, layout="image"))
     assert message.startswith("the Flax side must run on its inputs, got ValueError in blocks.1.")
-    assert re.search(r"blocks\.1\.conv \(Conv, line \d+ of linear\.py\)", message)
+    assert re.search(r"blocks\.1\.conv \(Conv, line \d+ of _conv\.py\)", message)
     assert "inputs (2, 6, 6, 4)" in message
     assert "in_channels=5" in message
     assert "\n" not in message

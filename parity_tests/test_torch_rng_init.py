@@ -55,16 +55,16 @@ def test_laws_have_torchs_bits(law: str, dtype: torch.dtype, shape: tuple[int, .
     assert_in_step(generator)
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (16, 8, 3, 3), (40, 40), (1, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (16, 8, 3, 3), (256, 256), (1, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_orthogonal_is_torchs_to_rounding(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """LAPACK decides the last bits: measured 6e-7 in float32 for 40 columns, asked 1e-6."""
+    """LAPACK decides the last bits: measured 6e-7 in float32 for 40 columns, 2.4e-6 for 512."""
     generator = seeded(3)
     ours = generator.orthogonal(shape, 1.5, DTYPES[dtype])
     theirs = init.orthogonal_(torch.empty(shape, dtype=dtype), 1.5).numpy()
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    bound = 1e-6 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    assert np.abs(ours - theirs).max() <= bound
+    rows = 2 * math.sqrt(max(shape[0], math.prod(shape[1:])))  # rounding errors add up as a walk
+    assert np.abs(ours - theirs).max() <= rows * torch.finfo(dtype).eps
     assert_in_step(generator)
 
 

@@ -1,4 +1,4 @@
-"""``torch_rng.seed_parameters``: the order of construction, and what is refused. Needs no torch."""
+"""``torch_rng.seed_parameters``: the order of construction. Needs no torch."""
 
 import copy
 import threading
@@ -10,71 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxstab import interop, linear, norms
-from flaxstab.torch_rng import Generator, Tensors, register, seed_parameters
-from flaxstab.torch_rng._layers import DRAWS
+from flaxstab import linear, norms
+from flaxstab.torch_rng import Generator, Tensors, layer_rule, seed_parameters
+from flaxstab.torch_rng._layers import DRAWS, SILENT
 from flaxstab.torch_rng._order import is_as_built
-
-RNGS = nnx.Rngs(0)
-
-
-class Net(nnx.Module):
-    """Attributes in no alphabetical order."""
-
-    def __init__(self) -> None:
-        self.stem = linear.Linear(3, 4, rngs=RNGS)
-        self.norm = norms.LayerNorm(4)
-        self.layers = nnx.List([nnx.Linear(4, 4, rngs=RNGS) for _ in range(11)])
-        self.act = nnx.PReLU()
-        self.drop = nnx.Dropout(0.1, rngs=RNGS)
-
-
-def values(model: nnx.Module) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
-
-
-def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def jitted(model: nnx.Module) -> nnx.Module:
-    nnx.jit(lambda m: jax.tree.leaves(nnx.state(m)))(model)
-    return model
-
-
-REBUILT: dict[str, Callable[[nnx.Module], nnx.Module]] = {
-    "split and merge": lambda model: nnx.merge(*nnx.split(model)),
-    "clone": nnx.clone,
-    "view": lambda model: nnx.view(model, deterministic=True),
-    "jit": jitted,
-    "deepcopy": copy.deepcopy,
-    "jax.tree": lambda model: jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model)),
-}
-
-MAKERS: dict[str, Callable[[], nnx.Module]] = {
-    "Linear": lambda: linear.Linear(2, 3, rngs=RNGS),
-    "Linear, no bias": lambda: linear.Linear(2, 3, bias=False, rngs=RNGS),
-    "Conv": lambda: linear.Conv(2, 3, 3, rngs=RNGS),
-    "ConvTranspose": lambda: linear.ConvTranspose(2, 3, 3, rngs=RNGS),
-    "Embed": lambda: linear.Embed(2, 3, rngs=RNGS),
-    "nnx.Linear": lambda: nnx.Linear(2, 3, rngs=RNGS),
-    "nnx.LinearGeneral": lambda: nnx.LinearGeneral(2, 3, rngs=RNGS),
-    "nnx.Conv": lambda: nnx.Conv(2, 3, (3,), rngs=RNGS),
-    "nnx.ConvTranspose": lambda: nnx.ConvTranspose(2, 3, (3,), rngs=RNGS),
-    "nnx.Embed": lambda: nnx.Embed(2, 3, rngs=RNGS),
-    "nnx.MultiHeadAttention": lambda: nnx.MultiHeadAttention(2, 4, rngs=RNGS),
-    "nnx.LSTMCell": lambda: nnx.LSTMCell(2, 3, rngs=RNGS),
-    "nnx.OptimizedLSTMCell": lambda: nnx.OptimizedLSTMCell(2, 3, rngs=RNGS),
-    "nnx.SimpleCell": lambda: nnx.SimpleCell(2, 3, rngs=RNGS),
-}
-
-
-class Holder(nnx.Module):
-    """A layer that something can be done to."""
-
-    def __init__(self, make: Callable[[], nnx.Module]) -> None:
-        self.layer = make()
-        self.drop = nnx.Dropout(0.1, rngs=RNGS)
+from parity_tests.support.seeding import MAKERS, REBUILT, RNGS, Holder, Net, jitted, same, values
 
 
 def test_every_type_that_draws_numbers_has_a_maker() -> None:
@@ -98,10 +38,57 @@ def test_a_model_that_nnx_has_rebuilt_is_refused_and_stays_as_it_is(
 ) -> None:
     model = rebuild(Net())
     before = values(model)
-    message = r"order of their construction, got '.*' Linear that NNX has rebuilt .*lambda: Net"
+    message = r"order of their construction, got a Net that NNX has rebuilt .*lambda: Net"
     with pytest.raises(ValueError, match=message):
         seed_parameters(model, 0)
     assert same(before, values(model))
+
+
+def test_a_part_that_nnx_has_rebuilt_is_refused() -> None:
+    model = nnx.List([Net(), Net()])
+    jitted(model[0])
+    message = "order of their construction, got a Net at '0' that NNX"
+    with pytest.raises(ValueError, match=message):
+        seed_parameters(model, 0)
+
+
+def test_attributes_that_are_added_later_prove_nothing() -> None:
+    model = REBUILT["jax.tree"](Net())
+    for _, module in nnx.iter_modules(model):
+        module.b_tag, module.a_tag = 1, 2
+    with pytest.raises(ValueError, match="order of their construction"):
+        seed_parameters(model, 0)
+
+
+def test_rules_for_norms_need_the_order_of_norms() -> None:
+    def rule(_: nnx.Module, tensors: Tensors, generator: Generator) -> Tensors:
+        return {name: generator.normal(t.shape) for name, t in tensors.items()}
+
+    def make() -> nnx.Module:
+        return nnx.Dict(second=linear.Linear(2, 2, rngs=RNGS), first=norms.LayerNorm(2))
+
+    seed_parameters(make(), 0, then=rule)
+    seed_parameters(nnx.clone(make()), 0)
+    with pytest.raises(ValueError, match="order of their construction, got a Dict that NNX"):
+        seed_parameters(nnx.clone(make()), 0, then=rule)
+
+
+class Placeholder(nnx.Module):
+    """An attribute that is None first: PyTorch counts it by its second time."""
+
+    def __init__(self) -> None:
+        self.first = nnx.data(None)
+        self.second = linear.Linear(2, 2, rngs=RNGS)
+        self.first = linear.Linear(2, 2, rngs=RNGS)
+
+
+def test_rules_need_layers_that_are_built_in_the_order_of_their_attributes() -> None:
+    generator, found = Generator(0), seed_parameters(Placeholder, 0)
+    expected = generator.uniform((2, 2), -(2**-0.5), 2**-0.5)
+    np.testing.assert_array_equal(found.second.kernel[...].T, expected)
+    for then in (layer_rule(), {Placeholder: layer_rule()}):
+        with pytest.raises(ValueError, match="then= needs layers in one order, got a Linear at"):
+            seed_parameters(Placeholder, 0, then=then)
 
 
 def test_a_rebuilt_model_with_one_layer_needs_no_order() -> None:
@@ -110,11 +97,26 @@ def test_a_rebuilt_model_with_one_layer_needs_no_order() -> None:
     assert same(values(expected), values(found))
 
 
-def test_a_model_that_the_function_rebuilds_is_refused() -> None:
-    with pytest.raises(ValueError, match="build every layer and leave it as built, got '"):
-        seed_parameters(lambda: nnx.clone(Net()), 0)
+def test_copies_that_the_function_makes_draw_nothing() -> None:
+    def make() -> nnx.Module:
+        layer = linear.Linear(3, 3, rngs=RNGS)
+        return nnx.List([layer, nnx.clone(layer), copy.deepcopy(layer), MAKERS["Linear"]()])
+
+    generator, found = Generator(0), seed_parameters(make, 0)
+    first = generator.uniform((3, 3), -(3**-0.5), 3**-0.5)
+    for layer in found[:3]:
+        np.testing.assert_array_equal(layer.kernel[...].T, first)
+    generator.uniform(3, -(3**-0.5), 3**-0.5)
+    last = generator.uniform((3, 2), -(2**-0.5), 2**-0.5)
+    np.testing.assert_array_equal(found[3].kernel[...].T, last)
+    copied = seed_parameters(lambda: nnx.clone(Net()), 0)
+    assert same(values(copied), values(seed_parameters(Net, 0)))
+
+
+def test_layers_that_were_built_before_are_refused() -> None:
     given = Net()
-    with pytest.raises(ValueError, match="build every layer and leave it as built"):
+    message = "function must build every layer itself, got a .* at '.*' that it has not"
+    with pytest.raises(ValueError, match=message):
         seed_parameters(lambda: given, 0)
 
 
@@ -127,11 +129,30 @@ def test_modes_and_values_do_not_touch_the_order() -> None:
     assert same(values(model.layers), values(expected.layers))
 
 
-def test_an_element_put_into_a_list_counts_by_its_place() -> None:
-    model = nnx.List([nnx.Linear(2, 2, rngs=RNGS), nnx.Linear(2, 2, rngs=RNGS)])
-    model.insert(0, nnx.Linear(2, 2, rngs=RNGS))
+def test_elements_of_a_list_count_by_their_places() -> None:
+    model = nnx.List([nnx.Linear(2, 2, rngs=RNGS) for _ in range(3)])
+    model[0], model[2] = model[2], model[0]
+    vars(model)["1"] = vars(model).pop("1")  # as lists leave it behind: last of all
     first = seed_parameters(lambda: nnx.Linear(2, 2, rngs=RNGS), 0)
     assert same(values(seed_parameters(model, 0)[0]), values(first))
+    generator = Generator(0)
+    generator.uniform((2, 2))
+    generator.uniform(2)
+    second = generator.uniform((2, 2), -(2**-0.5), 2**-0.5)
+    np.testing.assert_array_equal(model[1].kernel[...].T, second)
+
+
+def test_plain_containers_are_walked() -> None:
+    class Plain(nnx.Module):
+        def __init__(self) -> None:
+            made = [linear.Linear(2, 2, rngs=RNGS) for _ in range(3)]
+            self.parts = nnx.data({"z": [made[0]], "a": (made[1], made[2])})
+
+    generator, model = Generator(0), seed_parameters(Plain(), 0)
+    for layer in (model.parts["z"][0], *model.parts["a"]):
+        expected = generator.uniform((2, 2), -(2**-0.5), 2**-0.5)
+        np.testing.assert_array_equal(layer.kernel[...].T, expected)
+        generator.uniform(2)
 
 
 def test_norms_keep_what_their_constructors_gave_them() -> None:
@@ -149,92 +170,6 @@ def test_layers_that_share_a_parameter_are_refused_as_they_are() -> None:
     message = r"share a parameter draw it twice, got shared=\['0.embedding'\]\. Pass a function"
     with pytest.raises(ValueError, match=message):
         seed_parameters(model, 0)
-
-
-class Own(nnx.Module):
-    """A parameter of its own."""
-
-    def __init__(self) -> None:
-        self.layer = linear.Linear(2, 2, rngs=RNGS)
-        self.token = nnx.Param(jnp.zeros(4))
-
-
-class Registered(Own):
-    """A type of its own, with rules."""
-
-
-class Subclass(linear.Linear):
-    """Another type than its base."""
-
-
-@pytest.mark.parametrize("model", [Own, Own(), Subclass(2, 2, rngs=RNGS)], ids=["a", "b", "c"])
-def test_parameters_without_a_rule_are_refused(model: object) -> None:
-    message = r"must belong to a layer with a rule, got left=\['.*'\]\. Call .*torch_rng\.register"
-    with pytest.raises(ValueError, match=message):
-        seed_parameters(model, 0)
-
-
-def test_a_registered_type_draws_after_its_layers() -> None:
-    def draw(module: nnx.Module, tensors: Tensors, generator: Generator) -> Tensors:
-        assert isinstance(module, Registered)
-        return {"token": generator.normal(tensors["token"].shape)}
-
-    interop.register(
-        Registered,
-        to_torch=lambda module: {"token": module.token[...]},
-        to_flax=lambda _, tensors: {"token": tensors["token"]},
-    )
-    register(Registered, draw)
-    generator = Generator(0)
-    generator.uniform((2, 2))
-    generator.uniform(2)
-    expected = generator.normal(4)
-    np.testing.assert_array_equal(seed_parameters(Registered, 0).token[...], expected)
-    np.testing.assert_array_equal(seed_parameters(Registered(), 0).token[...], expected)
-    with pytest.raises(ValueError, match="registered once, got module_type='Registered'"):
-        register(Registered, draw)
-
-
-def linear_of(rngs: nnx.Rngs) -> nnx.Module:
-    return linear.Linear(2, 2, rngs=rngs)
-
-
-TRANSFORMED: dict[str, Callable[[], nnx.Module]] = {
-    "vmap": lambda: nnx.vmap(linear_of)(nnx.Rngs(0).split(3)),
-    "jit": lambda: nnx.jit(linear_of)(nnx.Rngs(0)),
-}
-
-
-@pytest.mark.parametrize("make", TRANSFORMED.values(), ids=TRANSFORMED)
-def test_layers_that_are_built_under_a_transformation_are_refused(
-    make: Callable[[], nnx.Module],
-) -> None:
-    message = r"one by one, not under jax\.vmap, jax\.jit or nnx\.scan, got traced='Linear'"
-    with pytest.raises(ValueError, match=message):
-        seed_parameters(make, 0)
-
-
-def test_stacks_of_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"nnx\.vmap or nnx\.scan stacks them"):
-        seed_parameters(TRANSFORMED["vmap"](), 0)
-
-
-def broken(module: nnx.Module, tensors: Tensors, generator: Generator) -> Tensors:
-    del tensors, generator
-    return {} if isinstance(module, linear.Linear) else {"wait": np.zeros(3)}
-
-
-def test_a_rule_that_fails_leaves_a_given_model_as_it_was() -> None:
-    model = Net()
-    before = values(model)
-    with pytest.raises(ValueError, match=r"draw tensors of the layer: .*, got drawn=\['wait'\]"):
-        seed_parameters(model, 0, then=broken)
-    assert same(before, values(model))
-
-
-def test_a_function_must_return_a_module() -> None:
-    with pytest.raises(ValueError, match="must return a module, got int"):
-        seed_parameters(lambda: 3, 0)
 
 
 def test_constructors_are_left_as_they_were() -> None:
@@ -260,14 +195,35 @@ def test_other_threads_neither_draw_nor_are_drawn() -> None:
     others: list[nnx.Module] = []
 
     def make() -> nnx.Module:
-        thread = threading.Thread(target=lambda: others.append(Net()))
-        thread.start()
-        thread.join()
+        for build in (Net, lambda: seed_parameters(Net, 1)):
+            thread = threading.Thread(target=lambda: others.append(build()))  # noqa: B023
+            thread.start()
+            thread.join(timeout=60)
         return Net()
 
-    plain = [np.asarray(layer.kernel[...]) for layer in Net().layers]
-    found = values(seed_parameters(make, 0))
-    assert same(found, values(seed_parameters(Net, 0)))
-    drawn = np.asarray(seed_parameters(Net, 0).layers[0].kernel[...])
-    assert not np.array_equal(others[0].layers[0].kernel[...], drawn)
-    assert len(plain) == len(others[0].layers)
+    expected = [values(seed_parameters(Net, seed)) for seed in (0, 1)]
+    assert same(values(seed_parameters(make, 0)), expected[0])
+    plain, seeded = map(values, others)
+    assert same(seeded, expected[1])
+    assert not same(plain, expected[0])
+    assert not same(plain, expected[1])
+
+
+def test_types_that_draw_and_types_that_do_not_are_different() -> None:
+    assert not set(DRAWS) & set(SILENT)
+
+
+@pytest.mark.parametrize("silent", SILENT, ids=lambda t: t.__module__ + "." + t.__name__)
+def test_silent_layers_stay_as_they_are(silent: type[nnx.Module]) -> None:
+    arguments = (2, 4) if silent in (norms.GroupNorm, norms.GhostBatchNorm) else (4,)
+    options = {"num_groups": 2} if silent is nnx.GroupNorm else {}
+    if silent is norms.InstanceNorm:
+        options = {"affine": True}
+
+    def make() -> nnx.Module:
+        return nnx.List([silent(*arguments, **options, rngs=RNGS), MAKERS["Linear"]()])
+
+    found, expected = seed_parameters(make, 0), make()
+    assert values(found[0])
+    assert same(values(found[0]), values(expected[0]))
+    assert same(values(found[1]), values(seed_parameters(MAKERS["Linear"], 0)))

@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 
 from flaxstab import interop, linear, models, norms
-from flaxstab.torch_rng import Draw, Generator, Tensors, init_layer, seed_parameters
+from flaxstab.torch_rng import Draw, Generator, Tensors, layer_rule, seed_parameters
 from flaxstab.torch_rng._layers import DRAWS
 from parity_tests.support.torch_bits import DTYPES, assert_same_bits, same_processor
 from torch_ref import models as torch_models
@@ -370,12 +370,12 @@ DOCUMENTS = {
     "SmallCNN": (
         lambda: models.SmallCNN("gelu", rngs=rngs()),
         lambda: torch_models.SmallCNN("gelu"),
-        init_layer("gelu"),
+        layer_rule("gelu"),
     ),
     "StableCNN": (
         lambda: models.StableCNN("group", "elu", widths=(16, 32), image_size=8, rngs=rngs()),
         lambda: torch_models.StableCNN("group", "elu", widths=(16, 32), image_size=8),
-        init_layer("elu"),
+        layer_rule("elu"),
     ),
     "CNN_BN": (lambda: models.CNN_BN(rngs=rngs()), torch_models.CNN_BN, None),
     "CNN_LN": (lambda: models.CNN_LN(rngs=rngs()), torch_models.CNN_LN, None),

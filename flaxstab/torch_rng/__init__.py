@@ -8,6 +8,6 @@ other builds of PyTorch is said at :class:`Generator`.
 from flaxstab.torch_rng._generator import Generator as Generator
 from flaxstab.torch_rng._layers import Draw as Draw
 from flaxstab.torch_rng._layers import Tensors as Tensors
-from flaxstab.torch_rng._layers import init_layer as init_layer
+from flaxstab.torch_rng._layers import layer_rule as layer_rule
 from flaxstab.torch_rng._layers import register as register
 from flaxstab.torch_rng._seed import seed_parameters as seed_parameters

@@ -1,4 +1,11 @@
-"""Tells of every layer whose constructor returns, while a model is being built."""
+"""Tells of every layer whose constructor returns, while a model is being built.
+
+PyTorch's layers draw in their constructors, one after the other. NNX offers no hook there and keeps
+no record of the order, so the constructors of the types in question are wrapped for as long as
+somebody listens; only the listening thread notices. This rests on one thing alone: that building a
+module calls ``type(module).__init__``. The types are as before when the last listener has gone
+(``test_constructors_are_left_as_they_were``).
+"""
 
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -9,18 +16,23 @@ from flax import nnx
 
 from flaxstab._checks import check
 
-Built = Callable[[nnx.Module], None]
+Built = Callable[[nnx.Module, type[nnx.Module]], None]
 
-_one_at_a_time = threading.Lock()
-_here = threading.local()  # .building: whether this thread holds the lock
+_lock = threading.Lock()
+_listeners: dict[type[nnx.Module], int] = {}  # how many listen to a wrapped type
+_here = threading.local()  # .site: where this thread is building, if it listens
 
 
 class _Site:
-    """Where a model is being built."""
+    """A model being built in one thread."""
 
-    def __init__(self, built: Built) -> None:
-        self.built = built
-        self.thread = threading.get_ident()
+    def __init__(
+        self,
+        built: Built,
+        types: Collection[type[nnx.Module]],
+        owners: Collection[type[nnx.Module]],
+    ) -> None:
+        self.built, self.types, self.owners = built, frozenset(types), frozenset(owners)
         self.depth = 0  # inside how many owners
 
 
@@ -30,55 +42,74 @@ def telling(
     types: Collection[type[nnx.Module]],
     owners: Collection[type[nnx.Module]],
 ) -> Iterator[None]:
-    """Calls ``built`` with every module of given types, in the order in which they are built.
-
-    NNX has no hook for that, so meanwhile the constructors of these types are wrapped; other
-    threads do not notice.
+    """Calls ``built`` whenever a constructor of given types returns in this thread.
 
     Args:
-      built: called when a constructor returns.
-      types: exact types; what is built inside of one comes before it.
+      built: called with the module and the type whose constructor returns: that of the module or,
+        when a subclass calls ``super().__init__``, a base.
+      types: whose constructors are listened to.
       owners: those of them whose insides are parts of them and not told of.
 
     Raises:
-      ValueError: if this thread is telling already.
+      ValueError: if this thread is listening already.
     """
-    nested = getattr(_here, "building", False)
+    nested = _site() is not None
     fix = "Build the parts with one call."
     check(not nested, "models are seeded one after the other", fix=fix, nested=nested)
-    with _one_at_a_time, ExitStack() as stack:
-        site = _Site(built)
+    with ExitStack() as stack:
         for module_type in types:
-            stack.enter_context(_wrapped(module_type, site, module_type in owners))
-        _here.building = True
-        try:
-            yield
-        finally:
-            _here.building = False
+            stack.enter_context(_wrapped(module_type))
+        _here.site = _Site(built, types, owners)
+        stack.callback(setattr, _here, "site", None)
+        yield
+
+
+def _site() -> _Site | None:
+    return getattr(_here, "site", None)
 
 
 @contextmanager
-def _wrapped(module_type: type[nnx.Module], site: _Site, owns: bool) -> Iterator[None]:
-    inherited = "__init__" not in vars(module_type)
+def _wrapped(module_type: type[nnx.Module]) -> Iterator[None]:
+    """Wraps a type's constructor, or finds it wrapped; the last to leave unwraps it."""
+    with _lock:
+        if module_type not in _listeners:
+            _wrap(module_type)
+        _listeners[module_type] = _listeners.get(module_type, 0) + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _listeners[module_type] -= 1
+            if not _listeners[module_type]:
+                del _listeners[module_type]
+                _unwrap(module_type)
+
+
+def _wrap(module_type: type[nnx.Module]) -> None:
     init: Callable[..., None] = module_type.__init__
 
     @wraps(init)
     def telling_init(self: nnx.Module, *args: object, **kwargs: object) -> None:
-        # A subclass runs its own constructor around this one: it is another type.
-        counts = type(self) is module_type and threading.get_ident() == site.thread
-        site.depth += counts and owns
+        site = _site()
+        if site is None or module_type not in site.types:
+            init(self, *args, **kwargs)
+            return
+        owns = module_type in site.owners
+        site.depth += owns
         try:
             init(self, *args, **kwargs)
         finally:
-            site.depth -= counts and owns
-        if counts and site.depth == 0:
-            site.built(self)
+            site.depth -= owns
+        if site.depth == 0:
+            site.built(self, module_type)
 
+    vars(telling_init)["inherited"] = "__init__" not in vars(module_type)
     type.__setattr__(module_type, "__init__", telling_init)
-    try:
-        yield
-    finally:
-        if inherited:
-            type.__delattr__(module_type, "__init__")
-        else:
-            type.__setattr__(module_type, "__init__", init)
+
+
+def _unwrap(module_type: type[nnx.Module]) -> None:
+    wrapper = vars(vars(module_type)["__init__"])
+    if wrapper["inherited"]:
+        type.__delattr__(module_type, "__init__")
+    else:
+        type.__setattr__(module_type, "__init__", wrapper["__wrapped__"])

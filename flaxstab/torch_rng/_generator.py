@@ -69,6 +69,7 @@ class Generator:
         check(
             is_seed and -(2**63) <= seed < 2**64,
             "seed must be an integer in [-2**63, 2**64)",
+            fix="Pass int(seed).",
             seed=seed,
         )
         self._bits = _twister(int(seed))
@@ -252,7 +253,7 @@ class Generator:
         """Draws as ``torch.nn.init.orthogonal_(torch.empty(shape), gain)``, to about 1e-6.
 
         The normals are PyTorch's; the last bits are decided by the QR factorisation of the LAPACK
-        at hand.
+        at hand. Measured in float32: 6e-7 apart for 40 columns, 2.4e-6 for 512.
 
         Args:
           shape: a weight's in PyTorch: ``(out, in, *window)``; that of the result.

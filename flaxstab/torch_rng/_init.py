@@ -34,8 +34,9 @@ def xavier_std(shape: Shape, gain: float) -> float:
 
 def kaiming_std(shape: Shape, a: float, mode: FanMode, nonlinearity: Nonlinearity) -> float:
     """Returns the standard deviation of a weight's Kaiming law."""
-    check(mode in ("fan_in", "fan_out"), "mode must be 'fan_in' or 'fan_out'", mode=mode)
-    fan = _fans(shape)[mode == "fan_out"]
+    known = mode.lower() in ("fan_in", "fan_out")
+    check(known, "mode must be 'fan_in' or 'fan_out'", mode=mode)
+    fan = _fans(shape)[mode.lower() == "fan_out"]
     gain = calculate_gain(nonlinearity, a)
     return gain / math.sqrt(fan) if fan else 0.0
 

@@ -89,9 +89,6 @@ OWNERS: frozenset[type[nnx.Module]] = frozenset(
 )
 """Layers whose submodules are parts of them and draw nothing for themselves."""
 
-WITNESSES = frozenset(DRAWS) - {nnx.PReLU}
-"""Layers that draw numbers, and whose attributes show whether NNX has rebuilt them."""
-
 SILENT: tuple[type[nnx.Module], ...] = (
     norms.BatchNorm,
     norms.GhostBatchNorm,
@@ -145,8 +142,8 @@ def register(module_type: type[nnx.Module], draw: Draw) -> None:
     DRAWS[module_type] = draw
 
 
-def init_layer(nonlin: str = "relu", leaky_slope: float = 0.01) -> Draw:
-    """Returns the documents' ``init_layer`` for ``seed_parameters(..., then=...)``.
+def layer_rule(nonlin: str = "relu", leaky_slope: float = 0.01) -> Draw:
+    """Returns document 2's ``init_layer`` as a rule for ``seed_parameters(..., then=...)``.
 
     As there, it reaches linear layers, convolutions over two axes and the output projection of
     attention: Xavier's uniform law for tanh, sigmoid and linear, else Kaiming's normal one; bias 0.
@@ -181,11 +178,37 @@ def redrawn(layer: nnx.Module, draw: Draw, generator: Generator) -> None:
     """Gives a layer, in place, the tensors that a rule draws.
 
     Raises:
-      ValueError: if the rule names tensors that the layer has not, or of another shape.
+      ValueError: if the rule returns anything but tensors of the layer, in their shapes.
     """
     tensors = interop.state_dict(layer)
-    new = draw(layer, tensors, generator)
+    new: object = draw(layer, tensors, generator)
+    kind = type(layer).__name__
+    if not isinstance(new, Mapping):
+        given = type(new).__name__
+        raise ValueError(
+            f"a rule must return tensors by name, {{}} for none, got {given} of {kind}."
+        )
     unknown = sorted(set(new) - set(tensors))
     rule = f"a rule must draw tensors of the layer: {', '.join(tensors) or 'it has none'}"
-    check(not unknown, rule, drawn=unknown, layer=type(layer).__name__)
+    check(not unknown, rule, drawn=unknown, layer=kind)
+    for name, tensor in new.items():
+        drawn, shape = np.shape(tensor), tensors[name].shape
+        check(
+            drawn == shape, f"a rule must draw {name} in the shape {shape}", drawn=drawn, layer=kind
+        )
     interop.load_state_dict(layer, {**tensors, **new})
+
+
+def draws_numbers(layer: nnx.Module) -> bool:
+    """Whether the counterpart of a layer draws from the stream when it is built."""
+    return type(layer) in DRAWS and type(layer) is not nnx.PReLU
+
+
+def is_container(module: nnx.Module) -> bool:
+    """Whether a module is nothing to PyTorch but what it holds.
+
+    Stock modules beyond these do something with the layers that they hold (``nnx.GRUCell``,
+    ``nnx.SpectralNorm``), and so do subclasses of layers: their counterparts may draw otherwise.
+    """
+    stock = [t for t in type(module).__mro__ if t.__module__.startswith("flax.nnx.nn.")]
+    return all(t in (nnx.RNN, nnx.Bidirectional, nnx.RNNCellBase) for t in stock)
