@@ -13,7 +13,7 @@ from torch import Tensor
 from flaxstab import parity
 from flaxstab.parity import Verdict
 from parity_tests.support.cases import values
-from parity_tests.support.pairs import failures, finding, refusal
+from parity_tests.support.pairs import BiasedBatchNorm, failures, finding, refusal
 
 IMAGES = values(4, 6, 6, 3)
 X = values(8, 4)
@@ -33,20 +33,8 @@ class Model(nn.Module):
         return nn.Dense(2, name="head")(x) + off
 
 
-class Biased(torch.nn.BatchNorm2d):
-    """Follows the biased variance, as flax.linen.BatchNorm does."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        before, count = self.running_var.clone(), x.numel() // x.shape[1]
-        y = super().forward(x)
-        if self.training:
-            taken = (self.running_var - 0.9 * before) / 0.1
-            self.running_var = 0.9 * before + 0.1 * taken * (count - 1) / count
-        return y
-
-
 class TorchModel(torch.nn.Module):
-    def __init__(self, batch_norm: type[torch.nn.BatchNorm2d] = Biased) -> None:
+    def __init__(self, batch_norm: type[torch.nn.BatchNorm2d] = BiasedBatchNorm) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.features = torch.nn.Sequential(

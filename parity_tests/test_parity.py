@@ -20,6 +20,7 @@ from flaxstab.parity._precision import Precision
 from flaxstab.parity._program import NNXProgram
 from flaxstab.parity._torch_side import TorchSide
 from parity_tests.support.cases import values
+from parity_tests.support.pairs import BiasedBatchNorm
 
 RNGS = nnx.Rngs(0)
 X = values(8, 4)
@@ -37,16 +38,6 @@ class Case(NamedTuple):
     quantity: str = ""
     verdict: Verdict = Verdict.SEMANTICS_DIFFER
     layout: str | None = None
-
-
-class BiasedRunningVariance(torch.nn.BatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        before, count = self.running_var.clone(), x.numel() // x.shape[1]
-        y = super().forward(x)
-        if self.training:
-            taken = (self.running_var - 0.9 * before) / 0.1
-            self.running_var = 0.9 * before + 0.1 * taken * (count - 1) / count
-        return y
 
 
 class TransposedLinear(torch.nn.Linear):
@@ -132,7 +123,7 @@ FAULTS = {
         "step 1 running_var", layout="image",
     ),
     "torch: biased running variance": Case(
-        batch_norm(), BiasedRunningVariance(4), IMAGES, "step 1 running_var", layout="image"
+        batch_norm(), BiasedBatchNorm(4), IMAGES, "step 1 running_var", layout="image"
     ),
     "flax: eps 1e-6": Case(nnx.LayerNorm(4, rngs=RNGS), torch.nn.LayerNorm(4), X, "output"),
     "torch: eps 1e-6": Case(norms.LayerNorm(4), torch.nn.LayerNorm(4, 1e-6), X, "output"),

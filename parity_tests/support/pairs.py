@@ -14,6 +14,18 @@ from flaxstab import dropout, linear, norms, parity
 FLOAT64 = "float64"
 
 
+class BiasedBatchNorm(torch.nn.BatchNorm2d):
+    """Follows the biased variance, as stock flax.nnx and flax.linen do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, count = self.running_var.clone(), x.numel() // x.shape[1]
+        y = super().forward(x)
+        if self.training:
+            taken = (self.running_var - 0.9 * before) / 0.1
+            self.running_var = 0.9 * before + 0.1 * taken * (count - 1) / count
+        return y
+
+
 class Net(nnx.Module):
     """Linear, BatchNorm, ReLU, Dropout and a head."""
 
