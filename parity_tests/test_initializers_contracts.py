@@ -75,6 +75,7 @@ def test_every_initializer_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_low_precision_is_drawn_in_float32_and_cast(name: str) -> None:
+    """None of these few draws rounds up to a bound, see ``test_initializers_arguments``."""
     wide = EVERY[name](KEY, shape_for(name))
     for dtype in ("bfloat16", "float16"):
         low = EVERY[name](KEY, shape_for(name), dtype)

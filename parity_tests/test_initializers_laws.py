@@ -40,12 +40,16 @@ from parity_tests.support.laws import Law, many, once
 SHAPE = (5, 5, 250, 304)  # 1.9 million: (*window, in, out)
 FAN_IN, FAN_OUT = 25 * 250, 25 * 304
 XAVIER, KAIMING = math.sqrt(2 / (FAN_IN + FAN_OUT)), math.sqrt(2 / FAN_IN)
+GAIN = 1 / 32 / (math.sqrt(3) * XAVIER)  # to a bound that 16 bits hold
 KERNEL, VECTOR, CUT = once(*SHAPE), once(laws.COUNT), once(laws.CUT_COUNT)
 PACKED = math.sqrt(2 / (1000 + 3 * 1900))
 
 LAWS = {
     "uniform": Law(uniform(), VECTOR, laws.uniform(0, 1)),
     "uniform, wide": Law(uniform(-3.0, 5.0), VECTOR, laws.uniform(-3, 5)),
+    "uniform, float16": Law(
+        uniform(), once(laws.COUNT, dtype="float16"), laws.rounded(0, 1, "float16")
+    ),
     "normal": Law(normal(), VECTOR, laws.normal(0, 1)),
     "normal, moved": Law(normal(-2.0, 0.5), VECTOR, laws.normal(-2, 0.5)),
     "trunc_normal": Law(trunc_normal(), CUT, laws.truncated(0, 1, -2, 2)),
@@ -54,6 +58,11 @@ LAWS = {
     ),
     "trunc_normal, tail": Law(trunc_normal(a=3.0, b=5.0), CUT, laws.truncated(0, 1, 3, 5)),
     "xavier_uniform": Law(xavier_uniform(), KERNEL, laws.symmetric(XAVIER)),
+    "xavier_uniform, bfloat16": Law(
+        xavier_uniform(GAIN),
+        once(*SHAPE, dtype="bfloat16"),
+        laws.rounded(-1 / 32, 1 / 32, "bfloat16"),
+    ),
     "xavier_normal": Law(xavier_normal(), KERNEL, laws.normal(0, XAVIER)),
     "kaiming_uniform": Law(kaiming_uniform(), KERNEL, laws.symmetric(KAIMING)),
     "kaiming_normal": Law(kaiming_normal(), KERNEL, laws.normal(0, KAIMING)),
@@ -92,6 +101,20 @@ def bent(power: float) -> Initializer:
 
 def in_bfloat16(key: jax.Array, shape: tuple[int, ...], _: object) -> jax.Array:
     return jax.random.normal(key, shape, jnp.bfloat16)
+
+
+def in_its_dtype(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return stock.variance_scaling(GAIN**2, "fan_avg", "uniform")(key, shape, dtype)
+
+
+def cast(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """What rounds up to the bound is the bound."""
+    return xavier_uniform(GAIN)(key, shape, "float32").astype(dtype)
+
+
+def cut_below(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """What rounds up to the bound is the value below it."""
+    return jnp.minimum(cast(key, shape, dtype), jnp.nextafter(jnp.asarray(1 / 32, dtype), 0))
 
 
 def without_signs(key: jax.Array, shape: tuple[int, ...], dtype: object) -> jax.Array:
@@ -150,6 +173,11 @@ FAULTS = (
     Fault("bent inwards", "uniform, wide", "distribution", bent(1.05)),
     Fault("bent outwards", "uniform, wide", "variance", bent(0.95)),
     Fault("moved", "uniform, wide", "mean", uniform(-2.9, 5.0)),
+    Fault("cast", "xavier_uniform, bfloat16", "support", cast),
+    Fault("cut", "xavier_uniform, bfloat16", "lowest", cut_below),
+    Fault("drawn so", "xavier_uniform, bfloat16", "distribution", in_its_dtype),
+    Fault("bound 2 % near", "uniform, float16", "mean", uniform(0.0, 0.98)),
+    Fault("both 1 % near", "uniform, float16", "variance", uniform(0.01, 0.99)),
     Fault("fan out", "kaiming_uniform", "low end", kaiming_uniform(mode="fan_out")),
     Fault("gain 1", "kaiming_uniform", "variance", kaiming_uniform(nonlinearity="linear")),
     Fault("fan in", "xavier_uniform", "support", stock.lecun_uniform()),

@@ -3,10 +3,12 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 
 from flaxstab._checks import check, check_positive
 from flaxstab._typing import Array, DTypeLike, Initializer, Shape
-from flaxstab.initializers._fans import Axes, fan_in_and_fan_out, kaiming_uniform
+from flaxstab.initializers._arguments import Axes
+from flaxstab.initializers._fans import fan_in_and_fan_out, kaiming_uniform
 from flaxstab.initializers._plain import normal, uniform
 
 
@@ -16,7 +18,8 @@ def torch_weight(*, in_axis: Axes = -2, out_axis: Axes = -1) -> Initializer:
     Args:
       in_axis: where the inputs are, see :func:`fan_in_and_fan_out`. For a transposed convolution
         PyTorch takes the output channels for them: pass ``in_axis=-1, out_axis=-2`` for a kernel
-        ``(*window, in, out)``.
+        ``(*window, in, out)``, nothing for one ``(*window, out, in)``, as ``nnx.ConvTranspose``
+        has with ``transpose_kernel=True``.
       out_axis: where the outputs are.
 
     Differs from:
@@ -30,7 +33,12 @@ def torch_bias(fan_in: int) -> Initializer:
 
     Args:
       fan_in: the fan of the layer's kernel; 0 gives zeros.
+
+    Raises:
+      ValueError: unless it is an integer of at least 0.
     """
+    is_fan = isinstance(fan_in, int | np.integer) and not isinstance(fan_in, bool) and fan_in >= 0
+    check(is_fan, "fan_in must be an integer of at least 0", fan_in=fan_in)
     bound = 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
     return uniform(-bound, bound)
 
@@ -54,7 +62,8 @@ def torch_embedding(padding_idx: int | None = None) -> Initializer:
         if padding_idx is None:
             return drawn
         rule = "padding_idx must be a row of the embedding"
-        check(-shape[0] <= padding_idx < shape[0], rule, padding_idx=padding_idx, shape=shape)
+        rows = shape[0] if shape else 0
+        check(-rows <= padding_idx < rows, rule, padding_idx=padding_idx, shape=shape)
         return drawn.at[padding_idx].set(0)
 
     return init

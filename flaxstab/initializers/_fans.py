@@ -1,14 +1,15 @@
 """Laws whose spread follows from the shape: gains, fans, Xavier and Kaiming."""
 
 import math
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax.nn.initializers import variance_scaling
 
 from flaxstab._checks import check
-from flaxstab._dtypes import widest
 from flaxstab._typing import Array, DTypeLike, Initializer, Shape
+from flaxstab.initializers._arguments import Axes, axes_of, check_axes, check_numbers, drawn_in
+from flaxstab.initializers._plain import below
 
 Nonlinearity = Literal[
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
@@ -17,7 +18,6 @@ Nonlinearity = Literal[
 FanMode = Literal["fan_in", "fan_out"]
 XAVIER = ("tanh", "sigmoid", "linear")
 """The activations for which document 2 takes Xavier's law; for all others it takes Kaiming's."""
-Axes: TypeAlias = int | tuple[int, ...]
 
 
 def calculate_gain(nonlinearity: Nonlinearity, param: float | None = None) -> float:
@@ -74,24 +74,12 @@ def fan_in_and_fan_out(shape: Shape, *, in_axis: Axes = -2, out_axis: Axes = -1)
       (768, 768)
     """
     check(len(shape) >= 2, "a fan needs a shape with at least 2 axes", shape=shape)
-    inputs, outputs = _tuple(in_axis), _tuple(out_axis)
-    rank = len(shape)
-    check(
-        all(-rank <= axis < rank for axis in inputs + outputs)
-        and len({axis % rank for axis in inputs + outputs}) == len(inputs + outputs),
-        "in_axis and out_axis must be different axes of the shape",
-        in_axis=in_axis,
-        out_axis=out_axis,
-        shape=shape,
-    )
-    channels = {axis % rank for axis in inputs + outputs}
+    check_axes(shape, in_axis=in_axis, out_axis=out_axis)
+    inputs, outputs = axes_of(in_axis), axes_of(out_axis)
+    channels = {axis % len(shape) for axis in inputs + outputs}
     window = math.prod(size for axis, size in enumerate(shape) if axis not in channels)
     fan_in, fan_out = (math.prod(shape[axis] for axis in axes) for axes in (inputs, outputs))
     return fan_in * window, fan_out * window
-
-
-def _tuple(axes: Axes) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
 
 
 def _scaled(
@@ -106,13 +94,19 @@ def _scaled(
     JAX leaves shapes without elements to a division by zero, and draws in the dtype itself.
     """
     check(gain >= 0, "gain must not be negative", gain=gain)
-    law = variance_scaling(gain**2, mode, distribution, in_axis, out_axis)
+    law = variance_scaling(gain**2, mode, distribution, axes_of(in_axis), axes_of(out_axis))
 
     def init(key: Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> Array:
-        fan_in_and_fan_out(shape, in_axis=in_axis, out_axis=out_axis)  # says what is wrong
+        kind = drawn_in(dtype)
+        fan_in, fan_out = fan_in_and_fan_out(shape, in_axis=in_axis, out_axis=out_axis)
         if 0 in shape:
             return jnp.zeros(shape, dtype)
-        return jnp.asarray(law(key, shape, widest(dtype)), dtype)
+        values = law(key, shape, kind)
+        if distribution == "normal":
+            return jnp.asarray(values, dtype)
+        fans = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}
+        bound = gain * math.sqrt(3 / fans[mode])
+        return below(values, -bound, bound, dtype)
 
     return init
 
@@ -129,7 +123,7 @@ def xavier_uniform(gain: float = 1.0, *, in_axis: Axes = -2, out_axis: Axes = -1
       out_axis: where the outputs are.
 
     Raises:
-      ValueError: if ``gain`` is negative; when called, if the shape has no such fans.
+      ValueError: if ``gain`` is negative or no number; when called, if the shape has no such fans.
 
     Example:
       >>> import jax
@@ -142,6 +136,7 @@ def xavier_uniform(gain: float = 1.0, *, in_axis: Axes = -2, out_axis: Axes = -1
       X. Glorot, Y. Bengio, "Understanding the Difficulty of Training Deep Feedforward Neural
       Networks", AISTATS 2010 (equation 16).
     """
+    check_numbers("xavier_uniform()", gain=gain)
     return _scaled(gain, "fan_avg", "uniform", in_axis, out_axis)
 
 
@@ -153,6 +148,7 @@ def xavier_normal(gain: float = 1.0, *, in_axis: Axes = -2, out_axis: Axes = -1)
     Differs from:
       ``jax.nn.initializers.glorot_normal``, which is cut at 2.27 of these standard deviations.
     """
+    check_numbers("xavier_normal()", gain=gain)
     return _scaled(gain, "fan_avg", "normal", in_axis, out_axis)
 
 
@@ -184,6 +180,7 @@ def kaiming_uniform(
       K. He, X. Zhang, S. Ren, J. Sun, "Delving Deep into Rectifiers", 2015, arXiv:1502.01852
       (equations 10 and 14).
     """
+    check_numbers("kaiming_uniform()", a=0.01 if a is None else a)  # PyTorch takes None too
     return _scaled(calculate_gain(nonlinearity, a), _known(mode), "uniform", in_axis, out_axis)
 
 
@@ -202,6 +199,7 @@ def kaiming_normal(
     Differs from:
       ``jax.nn.initializers.he_normal``, which is cut at 2.27 of these standard deviations.
     """
+    check_numbers("kaiming_normal()", a=0.01 if a is None else a)  # PyTorch takes None too
     return _scaled(calculate_gain(nonlinearity, a), _known(mode), "normal", in_axis, out_axis)
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxstab._checks import check, check_positive, check_probability
-from flaxstab._dtypes import widest
 from flaxstab._typing import Array, DTypeLike, Initializer, Shape
+from flaxstab.initializers._arguments import check_axes, check_numbers, drawn_in
 from flaxstab.initializers._plain import normal
 
 
@@ -48,7 +48,8 @@ def dirac(groups: int = 1, *, in_axis: int = -2, out_axis: int = -1) -> Initiali
 
     Raises:
       ValueError: if ``groups`` is less than 1; when called, unless the shape has 3 to 5 axes,
-        ``(*window, in, out)``, and ``groups`` divides the output channels.
+        ``(*window, in, out)``, the axes are different ones of it, and ``groups`` divides the output
+        channels.
 
     Example:
       >>> dirac()(jax.random.key(0), (3, 1, 2))[1]
@@ -63,6 +64,7 @@ def dirac(groups: int = 1, *, in_axis: int = -2, out_axis: int = -1) -> Initiali
         del key
         rule = "dirac fills a kernel with 3 to 5 axes, (*window, in, out)"
         check(3 <= len(shape) <= 5, rule, fix="For a matrix use eye().", shape=shape)
+        check_axes(shape, in_axis=in_axis, out_axis=out_axis)
         channels = shape[out_axis]
         rule = "groups must divide the output channels"
         check(channels % groups == 0, rule, groups=groups, channels=channels)
@@ -91,7 +93,7 @@ def sparse(sparsity: float, std: float = 0.01, *, out_axis: int = -1) -> Initial
 
     Raises:
       ValueError: if ``sparsity`` is not in [0, 1] (PyTorch takes -0.3 for 0.7 and 1.3 for 1), or
-        ``std`` is negative; when called, unless the shape has 2 axes.
+        ``std`` is negative; when called, unless the shape has 2 axes and ``out_axis`` is one.
 
     Example:
       >>> kernel = sparse(0.3)(jax.random.key(0), (2, 10))
@@ -101,12 +103,14 @@ def sparse(sparsity: float, std: float = 0.01, *, out_axis: int = -1) -> Initial
     Reference:
       J. Martens, "Deep Learning via Hessian-Free Optimization", ICML 2010 (section 5).
     """
+    check_numbers("sparse(0.1)", sparsity=sparsity, std=std)
     check_probability(sparsity=sparsity)
     law = normal(0.0, std)
 
     def init(key: Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> Array:
         rule = "sparse fills a kernel with 2 axes, (in, out)"
         check(len(shape) == 2, rule, fix="Flatten the window first.", shape=shape)
+        check_axes(shape, out_axis=out_axis)
         values_key, places_key = jax.random.split(key)
         count = math.ceil(sparsity * shape[out_axis])
         places = jax.lax.broadcasted_iota(jnp.int32, shape, out_axis % 2)
@@ -130,7 +134,8 @@ def orthogonal(gain: float = 1.0, *, out_axis: int = -1) -> Initializer:
       out_axis: where the outputs are (PyTorch's axis 0, for a transposed convolution the inputs).
 
     Raises:
-      ValueError: when called, if the shape has fewer than 2 axes.
+      ValueError: if ``gain`` is not a number; when called, if the shape has fewer than 2 axes or
+        ``out_axis`` is none of them.
 
     Example:
       >>> kernel = orthogonal()(jax.random.key(0), (3, 3, 2, 5)).reshape(18, 5)
@@ -142,10 +147,12 @@ def orthogonal(gain: float = 1.0, *, out_axis: int = -1) -> Initializer:
       Deep Linear Neural Networks", 2013, arXiv:1312.6120; F. Mezzadri, "How to Generate Random
       Matrices from the Classical Compact Groups", 2006, arXiv:math-ph/0609050 (section 5).
     """
+    check_numbers("orthogonal()", gain=gain)
     law = jax.nn.initializers.orthogonal(gain, out_axis)
 
     def init(key: Array, shape: Shape, dtype: DTypeLike = jnp.float32) -> Array:
         check(len(shape) >= 2, "orthogonal fills a kernel with at least 2 axes", shape=shape)
-        return jnp.asarray(law(key, shape, widest(dtype)), dtype)
+        check_axes(shape, out_axis=out_axis)
+        return jnp.asarray(law(key, shape, drawn_in(dtype)), dtype)
 
     return init

@@ -38,9 +38,11 @@ class Law(NamedTuple):
     checks: dict[str, Check]
 
 
-def once(*shape: int) -> Draw:
+def once(*shape: int, dtype: str = "float32") -> Draw:
+    """Draws one array."""
+
     def draw(init: Initializer) -> np.ndarray:
-        drawn = np.asarray(init(jax.random.key(SEED), shape, jnp.float32), np.float64)
+        drawn = np.asarray(init(jax.random.key(SEED), shape, dtype), np.float64)
         return drawn if len(shape) == 2 else drawn.ravel()
 
     return draw
@@ -100,6 +102,28 @@ def uniform(low: float, high: float) -> dict[str, Check]:
     width, middle = high - low, (low + high) / 2
     ends = low + 0.001 * width, high - 0.001 * width
     return {**shape_of(low, high, cdf, ends), **moments(low, high, middle, width**2 / 12)}
+
+
+def rounded(low: float, high: float, dtype: str) -> dict[str, Check]:
+    """U(low, high) in a 16-bit dtype, as PyTorch has it: what rounds up to ``high`` is ``low``."""
+    kind = jnp.dtype(dtype)
+    largest = int(np.asarray(jnp.finfo(kind).max, kind).view(np.uint16))
+    positive = np.arange(largest + 1, dtype=np.uint16).view(kind).astype(np.float64)
+    values = np.concatenate([-positive, positive])
+    first, bound = (float(np.asarray(x, np.float32).astype(kind)) for x in (low, high))
+    atoms = np.unique(values[(values >= first) & (values <= bound)])
+    below = np.clip(((atoms[:-1] + atoms[1:]) / 2 - low) / (high - low), 0, 1)
+    until = np.concatenate([[0], below + (1 - below[-1])])  # the last atom's part is the first's
+    claim = HasCdf(lambda x: until[np.searchsorted(atoms[:-1], x, "right")], discrepancy=0.006)
+    chances = np.diff(until)
+    mean = float(chances @ atoms[:-1])
+    variance = float(chances @ (atoms[:-1] - mean) ** 2)
+    return {
+        "support": never(lambda x: (x < first) | (x >= bound)),
+        "lowest": rate(lambda x: x == first, chances[0], chances[0]),
+        "distribution": lambda x, budget: claim.check(x[:ENOUGH], budget),
+        **moments(first, bound, mean, variance),
+    }
 
 
 def symmetric(std: float) -> dict[str, Check]:
