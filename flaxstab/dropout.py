@@ -1,6 +1,7 @@
 """Dropout layers."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from flaxstab import functional
@@ -10,13 +11,14 @@ from flaxstab._typing import Array, DTypeLike, Shape
 
 
 def _stream(rngs: nnx.Rngs) -> nnx.RngStream:
-    try:
+    is_rngs = isinstance(rngs, nnx.Rngs)
+    if is_rngs and ("dropout" in rngs or "default" in rngs):
         return rngs["dropout"]
-    except (AttributeError, KeyError) as error:
-        raise ValueError(
-            f"dropout needs a 'dropout' stream or a default one, got {sorted(rngs)}. "
-            "Pass nnx.Rngs(seed), or nnx.Rngs(params=…, dropout=…)."
-        ) from error
+    raise ValueError(
+        "dropout needs nnx.Rngs with a 'dropout' stream or a default one, got "
+        f"{sorted(rngs) if is_rngs else type(rngs).__name__}. "
+        "Pass nnx.Rngs(seed), or nnx.Rngs(params=…, dropout=…)."
+    )
 
 
 class _Dropping(nnx.Module):
@@ -71,9 +73,9 @@ class _Dropping(nnx.Module):
                 "dropout in training needs a key, got rngs=None. "
                 "Build the layer with rngs=nnx.Rngs(dropout=seed), or pass rngs= at the call."
             )
-        if isinstance(source, nnx.Rngs):
-            return _stream(source)()
-        return source() if isinstance(source, nnx.RngStream) else source
+        if isinstance(source, Array | np.ndarray):
+            return jnp.asarray(source)
+        return source() if isinstance(source, nnx.RngStream) else _stream(source)()
 
 
 class Dropout(_Dropping):
@@ -90,7 +92,8 @@ class Dropout(_Dropping):
       rngs: source of the keys; a stream of its own is forked from ``dropout``.
 
     Raises:
-      ValueError: if ``p`` is outside [0, 1], or training needs a key and there is none.
+      ValueError: if ``p`` is outside [0, 1], ``rngs`` has no such stream, or training needs a key
+        and there is none.
 
     Example:
       >>> import jax.numpy as jnp

@@ -3,6 +3,7 @@
 import functools
 import math
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 
 import jax
@@ -48,10 +49,10 @@ def pre_act(
 TWINS = {
     **{f"basic {name}": basic(*shape) for name, shape in SHAPES.items()},
     **{f"pre-act {name}": pre_act(*shape) for name, shape in SHAPES.items()},
-    "pre-act dropping": pre_act(4, 6, 2, 0.3),
 }
 each_twin = pytest.mark.parametrize(("ours", "twin"), TWINS.values(), ids=TWINS)
 IMAGES = values(3, 5, 4, 4, offset=1.0)
+ZEROS = {"kernel_init": initializers.zeros}  # where weights do not matter, or come from the twin
 
 
 def compared(ours: Block, twin: Callable[[], torch.nn.Module]) -> parity.Report:
@@ -64,9 +65,24 @@ def compared(ours: Block, twin: Callable[[], torch.nn.Module]) -> parity.Report:
     return parity.compare(ours(rngs=nnx.Rngs(0)), module, IMAGES, layout="image", dtypes=())
 
 
-@pytest.mark.parametrize("name", ["basic both", "pre-act dropping"])
-def test_a_block_is_its_twin(name: str) -> None:
-    report = compared(*TWINS[name])
+class Two(nnx.Module):
+    """One block of each kind in a row, so that all is compiled and compared once."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.basic = blocks.BasicBlock(4, 6, 2, **ZEROS, rngs=rngs)
+        self.pre_act = blocks.PreActResBlock(6, 4, 2, 2, 0.3, **ZEROS, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.pre_act(self.basic(x))
+
+
+def twins_of_two() -> torch.nn.Module:
+    both = {"basic": theirs.BasicBlock(4, 6, 2), "pre_act": theirs.PreActResBlock(6, 4, 2, 2, 0.3)}
+    return torch.nn.Sequential(OrderedDict(both))
+
+
+def test_blocks_are_their_twins() -> None:
+    report = compared(Two, twins_of_two)
     assert report.passed, str(report)
 
 
@@ -75,7 +91,7 @@ def assert_twin(ours: Block, twin: Callable[[], torch.nn.Module]) -> None:
     torch.manual_seed(0)
     module = twin().double()
     with jax.enable_x64(True):
-        block = ours(param_dtype="float64", rngs=nnx.Rngs(0))
+        block = ours(param_dtype="float64", **ZEROS, rngs=nnx.Rngs(0))
         interop.load_state_dict(block, module.state_dict())
         graph, state = nnx.split(block)
 
@@ -93,7 +109,8 @@ def test_where_no_shape_changes_the_skip_is_the_input_as_in_the_twin(kind: str) 
 @each_twin
 def test_names_and_shapes_are_the_twins(ours: Block, twin: Callable[[], torch.nn.Module]) -> None:
     """So either change of shape, of channels or of size, projects the skip as the twin's."""
-    found = {n: a.shape for n, a in interop.state_dict(ours(rngs=nnx.Rngs(0))).items()}
+    block = ours(**ZEROS, rngs=nnx.Rngs(0))
+    found = {n: a.shape for n, a in interop.state_dict(block).items()}
     assert found == {n: tuple(t.shape) for n, t in twin().state_dict().items()}
 
 
@@ -158,11 +175,12 @@ def test_the_activation_is_used_everywhere() -> None:
 
 
 def test_the_defaults_are_the_documents() -> None:
-    block, twin = blocks.PreActResBlock(32, 32, rngs=nnx.Rngs(0)), theirs.PreActResBlock(32, 32)
+    rngs, twin = nnx.Rngs(0), theirs.PreActResBlock(32, 32)
+    block = blocks.PreActResBlock(32, 32, **ZEROS, rngs=rngs)
     assert block.norm1.num_groups == twin.norm1.num_groups == 32
     assert block.drop.p == twin.drop.p == 0
     assert block.skip is None
-    assert blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0)).downsample is None
+    assert blocks.BasicBlock(4, 4, **ZEROS, rngs=rngs).downsample is None
 
 
 @pytest.mark.parametrize(
@@ -177,11 +195,32 @@ def test_the_defaults_are_the_documents() -> None:
         ),
         (lambda r: blocks.PreActResBlock(4, 4, 2, 1, -0.1, rngs=r), r"p must lie in \[0, 1\]"),
         (lambda r: blocks.PreActResBlock(4, 4, 2, 1, 1.1, rngs=r), r"p must lie in \[0, 1\]"),
+        (lambda _: blocks.BasicBlock(4, 4), "a layer with random weights needs rngs. Pass rngs="),
+        (
+            lambda _: blocks.PreActResBlock(4, 4, norm=nnx.LayerNorm),  # this norm needs them, too
+            "a layer with random weights needs rngs. Pass rngs=",
+        ),
     ],
 )
 def test_bad_arguments_are_named(make: Callable[[nnx.Rngs], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"act": "relu"}, "act must be a function of an array, got act='relu'. Pass e.g. flaxst"),
+        ({"act": nnx.PReLU}, "act must be a function of an array, got act=<class"),
+        ({"norm": "bn"}, "norm must be a function that builds a norm, got norm='bn'. Pass e.g. fu"),
+        ({"norm": norms.BatchNorm(4)}, r"got norm='BatchNorm'\. Pass e\.g\. functools\.partial\("),
+    ],
+    ids=str,
+)
+def test_what_is_no_function_is_refused(choice: dict[str, object], message: str) -> None:
+    for make in (blocks.BasicBlock, functools.partial(blocks.PreActResBlock, groups=2)):
+        with pytest.raises(ValueError, match=message):
+            make(4, 4, **choice, rngs=nnx.Rngs(0))
 
 
 BOTH = {"basic": basic(4, 6, 2)[0], "pre-act": pre_act(4, 6, 2, 0.3)[0]}
@@ -247,5 +286,5 @@ def test_a_block_drops_whole_channels_of_its_branch_in_training() -> None:
 
 def test_nothing_needs_a_dropout_stream_unless_something_drops() -> None:
     blocks.PreActResBlock(4, 4, 2, rngs=nnx.Rngs(params=0))
-    with pytest.raises(ValueError, match="dropout needs a 'dropout' stream"):
+    with pytest.raises(ValueError, match=r"dropout needs nnx\.Rngs with a 'dropout' stream"):
         blocks.PreActResBlock(4, 4, 2, drop=0.1, rngs=nnx.Rngs(params=0))

@@ -284,5 +284,18 @@ def test_a_view_changes_the_mode_and_not_the_layer() -> None:
 
 
 def test_a_missing_stream_is_named() -> None:
-    with pytest.raises(ValueError, match="needs a 'dropout' stream or a default one"):
+    with pytest.raises(ValueError, match=r"a 'dropout' stream or a default one, got \['params'\]"):
         Dropout(0.5, rngs=nnx.Rngs(params=0))
+
+
+@pytest.mark.parametrize("kind", [Dropout, ChannelDropout])
+def test_what_is_no_source_of_keys_is_refused(kind: type[Dropout | ChannelDropout]) -> None:
+    message = (
+        r"dropout needs nnx\.Rngs with a 'dropout' stream .*, got int\. Pass nnx\.Rngs\(seed\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        kind(rngs=0)
+    with pytest.raises(ValueError, match=message):
+        kind()(jnp.ones((2, 3, 4)), rngs=0)
+    with pytest.raises(ValueError, match=r"dropout needs nnx\.Rngs with .* got "):
+        kind(rngs=jax.random.key(0))

@@ -240,7 +240,8 @@ def test_linear_takes_any_number_of_batch_axes() -> None:
             lambda: linear.Conv(3, 3, 3, padding_mode="wrap", rngs=RNGS),
             "padding_mode must be one of",
         ),
-        (lambda: linear.Conv(3, 3, (), rngs=RNGS), "kernel_size must name at least one axis"),
+        (lambda: linear.Conv(3, 3, (), rngs=RNGS), "kernel_size must name one to three axes"),
+        (lambda: linear.Conv(3, 3, (1, 1, 1, 1), rngs=RNGS), "kernel_size must name one to three"),
     ],
 )
 def test_bad_arguments_are_refused_in_the_constructor(

@@ -159,6 +159,11 @@ def test_the_table_starts_as_torchs(padding_idx: int | None, budget: Budget) -> 
             r"padding_idx must lie in \[-num_embeddings, num_embeddings\), got padding_idx=3 and",
         ),
         (lambda: linear.Embed(3, 2, -4, rngs=RNGS), "padding_idx must lie in"),
+        (lambda: linear.Embed(3, 2, 1.5, rngs=RNGS), "padding_idx must be an integer or None, got"),
+        (
+            lambda: linear.Embed(3, 2, True, rngs=RNGS),
+            "padding_idx must be an integer or None, got",
+        ),
         (lambda: linear.Embed(3, 2), r"needs rngs. Pass rngs=nnx.Rngs\(seed\)\."),
         (lambda: linear.Embed(3, 2, param_dtype=int, rngs=RNGS), "param_dtype must be a floating"),
         (lambda: linear.Embed(3, 2, dtype=int, rngs=RNGS), "dtype must be a floating-point dtype"),

@@ -1,5 +1,6 @@
 """The transposed convolution against PyTorch."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import torch
 from flax import nnx
 
-from flaxstab import functional, linear
+from flaxstab import functional, initializers, linear
 from flaxstab.parity import Budget, HasCdf, HasMean, Report, compare
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same
@@ -190,7 +191,8 @@ def test_numpy_integers_and_lists_are_sizes_like_any_other() -> None:
         ({"groups": 3}, "groups must divide in_channels and out_channels, got groups=3"),
         ({"in_channels": 6, "groups": 3}, "groups must divide in_channels and out_channels"),
         ({"kernel_size": 0}, "kernel_size must be an integer or 2 integers, each at least 1"),
-        ({"kernel_size": ()}, "kernel_size must name at least one axis"),
+        ({"kernel_size": ()}, "kernel_size must name one to three axes"),
+        ({"kernel_size": (1, 1, 1, 1)}, "one to three axes, got kernel_size=\\(1, 1, 1, 1\\)"),
         ({"stride": 0}, "stride must be an integer or 2 integers, each at least 1"),
         ({"padding": "same"}, "padding must be an integer or 2 integers, each at least 0"),
         ({"output_padding": -1}, "output_padding must be an integer or 2 integers, each at least"),
@@ -257,3 +259,16 @@ def test_the_function_checks_what_the_layer_checks() -> None:
         functional.conv_transpose(x, kernel, output_padding=1)
     with pytest.raises(ValueError, match="last axis must have in_channels elements"):
         functional.conv_transpose(x, jnp.ones((3, 3, 4, 2)))
+
+
+def test_torchs_fans_are_those_of_exchanged_axes() -> None:
+    """As the docstring says: what ``torch.nn.init`` sees in its weight (in, out / groups, ...)."""
+    theirs = torch.nn.ConvTranspose2d(6, 40, 3, groups=2)
+    fans = torch.nn.init._calculate_fan_in_and_fan_out(theirs.weight)
+    for mode, fan in zip(("fan_in", "fan_out"), fans, strict=True):
+        law = initializers.kaiming_uniform(
+            mode=mode, nonlinearity="linear", in_axis=-1, out_axis=-2
+        )
+        layer = linear.ConvTranspose(6, 40, 3, groups=2, kernel_init=law, rngs=nnx.Rngs(0))
+        largest = np.abs(np.asarray(layer.kernel[...])).max() / math.sqrt(3 / fan)
+        assert 0.9 < largest <= 1 + np.finfo(np.float32).eps

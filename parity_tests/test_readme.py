@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from flaxstab import interop
+from flaxstab.surgery import _residual
 from parity_tests.support.torch_bits import assert_same_bits, same_processor
+from torch_ref.blocks import BasicBlock
 
 README = Path(__file__).parents[1] / "README.md"
 if not README.is_file():
@@ -47,6 +50,40 @@ def test_the_page_on_seeds_runs_when_pasted() -> None:
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(code, names)  # noqa: S102
+    nn = torch.nn
     torch.manual_seed(42)
-    torch.nn.Conv2d(3, 16, 3)
-    assert_same_bits(np.asarray(names["model"].head.kernel[...]).T, torch.nn.Linear(16, 10).weight)
+    nn.Conv2d(3, 16, 3)
+    assert_same_bits(np.asarray(names["model"].head.kernel[...]).T, nn.Linear(16, 10).weight)
+    torch.manual_seed(0)
+    conv, _ = nn.Conv2d(3, 16, 3), nn.Linear(16, 10)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    found = interop.state_dict(names["net"])
+    assert_same_bits(found["conv.weight"], conv.weight)
+    torch.manual_seed(0)
+    theirs = BasicBlock(16, 32, stride=2)
+    assert_same_bits(interop.state_dict(names["block"])["conv2.weight"], theirs.conv2.weight)
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2)
+    nn.init.normal_(attention.out_proj.weight, std=0.02)
+    found = interop.state_dict(names["attention"])
+    assert_same_bits(found["in_proj_weight"], attention.in_proj_weight)
+    assert_same_bits(found["out_proj.weight"], attention.out_proj.weight)
+    torch.manual_seed(0)
+    table = nn.init.trunc_normal_(torch.empty(1, 16, 8), std=0.02)
+    assert_same_bits(np.asarray(names["positions"].table[...]), table)
+
+
+def test_the_page_on_surgery_runs_when_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_residual, "_RESIDUAL", dict(_residual._RESIDUAL))  # the page registers two
+    page = (README.parent / "docs" / "surgery.md").read_text()
+    codes = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(codes) == page.count("```") / 2
+    names: dict[str, object] = {"__name__": "page"}
+    for code in codes:
+        exec(code, names)  # noqa: S102
+    assert len({kernel.tobytes() for kernel in np.asarray(names["layers"].kernel[...])}) == 3
+    assert not names["layers"].bias[...].any()
+    assert "its norm stands behind the addition" in names["refused"]
+    nan = np.isnan(np.asarray(names["rows"])).all(-1)
+    assert nan.tolist() == [False, False, True]
+    assert names["logits"].shape == (3, 10)

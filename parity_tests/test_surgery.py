@@ -11,9 +11,13 @@ import torch
 from flax import nnx
 
 from flaxstab import linear, norms, surgery
-from parity_tests.support.cases import values
 from torch_ref import blocks as torch_blocks
 from torch_ref import initializers as torch_init
+
+ONES = {  # without a draw, that is, without a compilation
+    "kernel_init": nnx.initializers.ones,
+    "bias_init": nnx.initializers.ones,
+}
 
 
 class Mixed(nnx.Module):
@@ -22,17 +26,19 @@ class Mixed(nnx.Module):
     def __init__(self, *, swapped: bool = False, extra: bool = False) -> None:
         rngs = nnx.Rngs(0)
         parts = {
-            "a_list": lambda: nnx.List([linear.Linear(2, 3, rngs=rngs) for _ in range(11)]),
-            "b_dict": lambda: nnx.Dict(y=nnx.Linear(2, 2, rngs=rngs), x=nnx.Embed(3, 2, rngs=rngs)),
-            "c_plain": lambda: nnx.data(
-                [linear.Linear(2, 2, rngs=rngs), {"k": norms.LayerNorm(2)}]
+            "a_list": lambda: nnx.List([linear.Linear(2, 3, **ONES, rngs=rngs) for _ in range(11)]),
+            "b_dict": lambda: nnx.Dict(
+                y=nnx.Linear(2, 2, **ONES, rngs=rngs), x=nnx.Embed(3, 2, rngs=rngs)
             ),
-            "d_net": lambda: nnx.Sequential(nnx.Conv(1, 2, (3, 3), rngs=rngs), nnx.relu),
-            "e_head": lambda: linear.Linear(2, 2, rngs=rngs),
+            "c_plain": lambda: nnx.data(
+                [linear.Linear(2, 2, **ONES, rngs=rngs), {"k": norms.LayerNorm(2)}]
+            ),
+            "d_net": lambda: nnx.Sequential(nnx.Conv(1, 2, (3, 3), **ONES, rngs=rngs), nnx.relu),
+            "e_head": lambda: linear.Linear(2, 2, **ONES, rngs=rngs),
         }
         if extra:
-            self.a_new = linear.Linear(2, 3, rngs=rngs)
-            self.z_new = nnx.List([linear.Linear(2, 3, rngs=rngs)])
+            self.a_new = linear.Linear(2, 3, **ONES, rngs=rngs)
+            self.z_new = nnx.List([linear.Linear(2, 3, **ONES, rngs=rngs)])
         for name in sorted(parts, reverse=swapped):
             setattr(self, name, parts[name]())
 
@@ -111,7 +117,11 @@ class Shared(nnx.Module):
 
 
 def test_a_shared_module_is_visited_once_under_its_first_path() -> None:
+    """Torch visits it once for each parent, as the docstring says."""
     assert list(draws(Shared())) == [("a", 0), ("a",), ()]
+    layer, visited = torch.nn.Linear(2, 2), []
+    torch.nn.ModuleList([torch.nn.Sequential(layer), layer]).apply(visited.append)
+    assert visited.count(layer) == 2
 
 
 def test_a_module_without_variables_that_tree_mode_meets_twice_is_visited_once() -> None:
@@ -137,7 +147,7 @@ def test_the_rngs_are_used_once_and_a_stream_of_another_name_is_refused() -> Non
     rngs = nnx.Rngs(params=0, dropout=1)
     surgery.init_weights(Mixed(), surgery.init_layer, rngs=rngs)
     assert (int(rngs.params.count[...]), int(rngs.dropout.count[...])) == (1, 0)
-    with pytest.raises(ValueError, match=r"needs a 'params' stream or a default one, got \['drop"):
+    with pytest.raises(ValueError, match=r"with a 'params' stream or a default one, got \['drop"):
         surgery.init_weights(Mixed(), surgery.init_layer, rngs=nnx.Rngs(dropout=0))
 
 
@@ -185,13 +195,18 @@ def test_a_rule_that_raises_leaves_the_models_own_streams_as_they_were() -> None
 
 
 def test_weights_are_drawn_under_jit() -> None:
+    def made() -> nnx.Module:
+        rngs = nnx.Rngs(0)
+        layers = [linear.Linear(2, 3, **ONES, rngs=rngs) for _ in range(2)]
+        return nnx.List([*layers, nnx.Conv(1, 2, (3, 3), **ONES, rngs=rngs)])
+
     @nnx.jit
     def build(key: jax.Array) -> nnx.Module:
-        model = Mixed()
+        model = made()
         surgery.init_weights(model, surgery.init_layer, rngs=nnx.Rngs(key))
         return model
 
-    eager = Mixed()
+    eager = made()
     surgery.init_weights(eager, surgery.init_layer, rngs=nnx.Rngs(jax.random.key(5)))
     for a, b in zip(state_of(build(jax.random.key(5))), state_of(eager), strict=True):
         # two roundings at most: XLA fuses the scaling of a draw
@@ -257,21 +272,15 @@ def test_a_stack_is_initialised_as_part_of_a_model() -> None:
 
     class Model(nnx.Module):
         def __init__(self, *, head: bool) -> None:
-            self.layers = nnx.vmap(lambda rngs: linear.Linear(4, 4, rngs=rngs))(
+            self.layers = nnx.vmap(lambda rngs: linear.Linear(4, 4, **ONES, rngs=rngs))(
                 nnx.Rngs(0).split(3)
             )
             if head:
-                self.head = linear.Linear(4, 2, rngs=nnx.Rngs(0))
-
-        def __call__(self, x: jax.Array) -> jax.Array:
-            return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
-                x, self.layers
-            )
+                self.head = linear.Linear(4, 2, **ONES, rngs=nnx.Rngs(0))
 
     models = [Model(head=False), Model(head=True)]
     for model in models:
         surgery.init_weights(model, surgery.init_layer, rngs=nnx.Rngs(1))
-    x = jnp.asarray(values(2, 4), jnp.float32)
-    np.testing.assert_array_equal(models[0](x), models[1](x))
-    kernels = np.asarray(models[0].layers.kernel[...])
+    kernels, others = (np.asarray(model.layers.kernel[...]) for model in models)
+    np.testing.assert_array_equal(kernels, others)
     assert len({kernel.tobytes() for kernel in kernels}) == 3

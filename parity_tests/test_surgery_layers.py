@@ -38,11 +38,12 @@ LAYERS: dict[str, tuple[Callable[..., nnx.Module], tuple[int, int], int]] = {  #
 }  # fmt: skip
 WINDOW = {"conv": 9, "grouped": 9, "nnx conv": 9, "nnx grouped": 9}
 STACK = 4
+ONES = {"kernel_init": initializers.ones}  # without a draw, that is, without a compilation
 
 
 def stacked(make: Callable[..., nnx.Module], *sizes: int) -> nnx.Module:
     """A layer with leading axes, as nnx.vmap over its constructor would build it."""
-    layer = make(rngs=nnx.Rngs(0))
+    layer = make(**ONES, bias_init=initializers.ones, rngs=nnx.Rngs(0))
     for _, variable in nnx.iter_graph(layer):
         if isinstance(variable, nnx.Param):
             variable.set_value(jnp.ones((*sizes, *variable.shape), variable.dtype))
@@ -129,14 +130,14 @@ def test_by_default_the_activation_is_relu_and_the_slope_torch_refs() -> None:
 
 
 UNTOUCHED = {
-    "conv 1d": lambda r: linear.Conv(2, 3, (3,), rngs=r),
-    "conv 3d": lambda r: linear.Conv(2, 3, (3, 3, 3), rngs=r),
-    "nnx conv 1d": lambda r: nnx.Conv(2, 3, 3, rngs=r),
-    "transposed": lambda r: linear.ConvTranspose(2, 3, 3, rngs=r),
-    "nnx transposed": lambda r: nnx.ConvTranspose(2, 3, (3, 3), rngs=r),
+    "conv 1d": lambda r: linear.Conv(2, 3, (3,), **ONES, rngs=r),
+    "conv 3d": lambda r: linear.Conv(2, 3, (3, 3, 3), **ONES, rngs=r),
+    "nnx conv 1d": lambda r: nnx.Conv(2, 3, 3, **ONES, rngs=r),
+    "transposed": lambda r: linear.ConvTranspose(2, 3, 3, **ONES, rngs=r),
+    "nnx transposed": lambda r: nnx.ConvTranspose(2, 3, (3, 3), **ONES, rngs=r),
     "embedding": lambda r: nnx.Embed(2, 3, rngs=r),
     "norm": lambda r: nnx.BatchNorm(3, rngs=r),
-    "attention": lambda r: nnx.MultiHeadAttention(2, 4, rngs=r),
+    "attention": lambda r: nnx.MultiHeadAttention(2, 4, **ONES, rngs=r),
 }
 
 
@@ -174,7 +175,7 @@ def test_the_dtype_of_a_parameter_is_kept(dtype: str) -> None:
 
 
 def test_redraw_draws_an_orthogonal_matrix_for_each_layer_of_a_stack() -> None:
-    layer = stacked(lambda rngs: nnx.LinearGeneral(6, (2, 3), rngs=rngs), STACK)
+    layer = stacked(functools.partial(nnx.LinearGeneral, 6, (2, 3)), STACK)
 
     def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: object) -> jax.Array:
         return jax.random.orthogonal(key, shape[0], dtype=dtype)
@@ -186,16 +187,21 @@ def test_redraw_draws_an_orthogonal_matrix_for_each_layer_of_a_stack() -> None:
 
 
 def test_redraw_is_the_initializer_itself_for_a_single_layer() -> None:
+    def numpys(key: jax.Array, shape: tuple[int, ...], dtype: object) -> jax.Array:
+        draw = np.random.default_rng(np.asarray(jax.random.key_data(key))).normal(size=shape)
+        return jnp.asarray(draw, dtype)
+
+    rngs = nnx.Rngs(0)
     for layer, name in (
-        (nnx.Embed(5, 3, rngs=nnx.Rngs(0)), "embedding"),
-        (linear.Embed(5, 3, rngs=nnx.Rngs(0)), "embedding"),
-        (linear.ConvTranspose(4, 6, 3, groups=2, rngs=nnx.Rngs(0)), "kernel"),
-        (nnx.ConvTranspose(2, 3, (3, 3), rngs=nnx.Rngs(0)), "kernel"),
-        (linear.Conv(2, 3, 3, rngs=nnx.Rngs(0)), "bias"),
+        (nnx.Embed(5, 3, rngs=rngs), "embedding"),
+        (linear.Embed(5, 3, rngs=rngs), "embedding"),
+        (linear.ConvTranspose(4, 6, 3, groups=2, **ONES, rngs=rngs), "kernel"),
+        (nnx.ConvTranspose(2, 3, (3, 3), **ONES, rngs=rngs), "kernel"),
+        (linear.Conv(2, 3, 3, **ONES, rngs=rngs), "bias"),
     ):
         held = vars(layer)[name]
-        expected = initializers.normal()(nnx.Rngs(4).params(), held.shape)
-        surgery.redraw(layer, name, initializers.normal(), rngs=nnx.Rngs(4))
+        expected = numpys(nnx.Rngs(4).params(), held.shape, jnp.float32)
+        surgery.redraw(layer, name, numpys, rngs=nnx.Rngs(4))
         np.testing.assert_array_equal(held[...], expected)
 
 
@@ -229,7 +235,8 @@ def _behind(rngs: nnx.Rngs) -> nnx.Module:
         (lambda _: nnx.Sequential(), "kernel", "a Sequential with none"),
         (
             lambda _: norms.LayerNorm(2), "scale",
-            "redraw must know a variable's shape, .* got name='scale' and module_type='LayerNorm'",
+            "redraw must know a variable's shape, .* got name='scale' and module_type='LayerNorm'. "
+            r"Set module\.scale\[\.\.\.\] yourself\.$",
         ),
         (
             _behind, "kernel",
@@ -244,3 +251,33 @@ def test_redraw_names_what_it_cannot_draw(
     layer = make(nnx.Rngs(0))
     with pytest.raises(ValueError, match=message):
         surgery.redraw(layer, name, initializers.normal(), rngs=nnx.Rngs(1))
+
+
+def test_a_stack_on_another_axis_that_its_sizes_hide_is_drawn_as_one_in_front() -> None:
+    """The limit that redraw's docstring states."""
+    build = nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs), out_axes=1)
+    layer = build(nnx.Rngs(0).split(3))
+    surgery.redraw(layer, "kernel", initializers.eye(), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(layer.kernel[...], np.tile(np.eye(3), (3, 1, 1)))
+
+
+NO_SOURCE = [
+    (0, "got int"),
+    (jax.random.key(0), "got ArrayImpl|got PRNGKeyArray"),
+    (nnx.Rngs(dropout=0), r"got \['dropout'\]"),
+]
+
+
+@pytest.mark.parametrize(("rngs", "got"), NO_SOURCE, ids=["int", "key", "no params"])
+def test_what_is_no_source_of_keys_is_refused_in_one_wording(rngs: object, got: str) -> None:
+    layer, draw = linear.Linear(2, 2, rngs=nnx.Rngs(0)), initializers.normal()
+    message = rf"rngs must be nnx\.Rngs with a 'params' stream or a default one, ({got})\. Pass nnx"
+    for use in (
+        lambda: surgery.redraw(layer, "kernel", draw, rngs=rngs),
+        lambda: surgery.init_layer(layer, rngs=rngs),
+        lambda: surgery.init_weights(layer, surgery.init_layer, rngs=rngs),
+        lambda: linear.Linear(2, 2, rngs=rngs),
+        lambda: linear.Embed(2, 2, rngs=rngs),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()

@@ -53,6 +53,15 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     surgery.register_residual(PostLN, surgery.refuse_post_norm)
 
 
+def drawn(key: jax.Array, shape: tuple[int, ...], dtype: object = jnp.float32) -> jax.Array:
+    """Draws in numpy, without a compilation for each shape."""
+    del key
+    return jnp.asarray(values(*shape, offset=0.0, scale=0.3), dtype)
+
+
+DRAWN = {"kernel_init": drawn}
+
+
 def relu_of_skip(block: blocks.BasicBlock, x: jax.Array) -> jax.Array:
     return nnx.relu(x if block.downsample is None else block.downsample(x))
 
@@ -65,11 +74,12 @@ Build = Callable[[], nnx.Module]
 Skip = Callable[[nnx.Module, jax.Array], jax.Array]
 KINDS: dict[str, tuple[Build, Skip, jax.Array, list[str]]] = {
     "post-activation": (
-        lambda: blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0)), relu_of_skip, IMAGES,
+        lambda: blocks.BasicBlock(4, 4, **DRAWN, rngs=nnx.Rngs(0)), relu_of_skip, IMAGES,
         ["bn2.bias", "bn2.scale"],
     ),
     "pre-activation": (
-        lambda: blocks.PreActResBlock(4, 4, 2, rngs=nnx.Rngs(0)), skip, IMAGES, ["conv2.kernel"],
+        lambda: blocks.PreActResBlock(4, 6, 2, 2, 0.3, **DRAWN, rngs=nnx.Rngs(0)), skip, IMAGES,
+        ["conv2.kernel"],
     ),
     "Pre-LN": (
         lambda: PreLN(nnx.Rngs(0)), lambda _, x: x, TOKENS,
@@ -84,48 +94,49 @@ def flat(model: nnx.Module) -> dict[str, np.ndarray]:
     return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in found}
 
 
-def descent(model: nnx.Module, x: jax.Array) -> Callable[[int], None]:
-    """Returns a step of SGD from a random cotangent of the given seed."""
-    graph, _, rest = nnx.split(model, nnx.Param, ...)
+class Probe:
+    """Runs a block, its skip path and steps of SGD, compiled as one."""
 
-    @jax.jit
-    def gradient(params: nnx.State, cotangent: jax.Array) -> nnx.State:
-        def inner(params: nnx.State) -> jax.Array:
-            return jnp.vdot(nnx.merge(graph, params, rest, copy=True)(x), cotangent)
+    def __init__(self, model: nnx.Module, expected: Skip, x: jax.Array) -> None:
+        self.model = model
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-        return jax.grad(inner)(params)
+        def forward(params: nnx.State) -> jax.Array:
+            return nnx.merge(graph, params, rest, copy=True)(x)
 
-    shape = nnx.eval_shape(lambda model: model(x), model).shape
+        @jax.jit
+        def run(params: nnx.State, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, nnx.State]:
+            y, pull = jax.vjp(forward, params)
+            skipped = expected(nnx.merge(graph, params, rest, copy=True), x)
+            (gradient,) = pull(cotangent)
+            return y, skipped, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
 
-    def step(seed: int) -> None:
-        cotangent = jnp.asarray(values(*shape, seed=seed, offset=0.0), jnp.float32)
-        params = nnx.state(model, nnx.Param)
-        new = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient(params, cotangent))
-        nnx.update(model, new)
+        self.run, self.shape = run, jax.eval_shape(forward, params).shape
 
-    return step
+    def step(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns output and skip path, and takes a step from a random cotangent of that seed."""
+        cotangent = jnp.asarray(values(*self.shape, seed=seed, offset=0.0), jnp.float32)
+        y, skipped, new = self.run(nnx.state(self.model, nnx.Param), cotangent)
+        nnx.update(self.model, new)
+        return np.asarray(y), np.asarray(skipped)
 
 
-def assert_starts_at_its_skip_and_trains(
-    model: nnx.Module, expected: Skip, x: jax.Array, names: list[str]
-) -> None:
+def assert_starts_at_its_skip_and_trains(probe: Probe, names: list[str]) -> None:
     """The block is its skip, bit for bit; a step later it is not; in the second step all moves.
 
     Args:
-      model: a block whose branch is to be 0.
-      expected: the skip path.
-      x: an input.
+      probe: of a block whose branch is to be 0.
       names: the variables that are 0.
     """
-    np.testing.assert_array_equal(model(x), expected(model, x))
-    assert all(not flat(model)[name].any() for name in names)
-    before, step = flat(model), descent(model, x)
-    step(0)
-    moved = [name for name in names if flat(model)[name].any()]
+    before = flat(probe.model)
+    assert not any(before[name].any() for name in names)
+    np.testing.assert_array_equal(*probe.step(0))
+    moved = [name for name in names if flat(probe.model)[name].any()]
     assert moved == names, f"0 for ever: {set(names) - set(moved)}"
-    assert (np.asarray(model(x)) != np.asarray(expected(model, x))).any()
-    step(1)
-    still = {name for name, array in flat(model).items() if np.array_equal(array, before[name])}
+    y, skipped = probe.step(1)
+    assert (y != skipped).any()
+    after = flat(probe.model)
+    still = {name for name, array in after.items() if np.array_equal(array, before[name])}
     assert still <= {"attn.key.bias"}  # its true gradient is 0: softmax ignores a shift
 
 
@@ -139,42 +150,38 @@ def test_a_block_starts_as_its_skip_and_its_branch_trains(
     for name, array in flat(model).items():
         if name not in names:
             np.testing.assert_array_equal(array, before[name])
-    assert_starts_at_its_skip_and_trains(model, expected, x, names)
+    assert_starts_at_its_skip_and_trains(Probe(model, expected, x), names)
 
 
 def test_a_zero_scale_before_relu_never_trains_and_is_found() -> None:
     """The documents' way for pre-activation blocks: gamma = beta = 0 before a ReLU."""
-    model = blocks.PreActResBlock(4, 4, 2, rngs=nnx.Rngs(0))
+    model = blocks.PreActResBlock(4, 4, 2, **DRAWN, rngs=nnx.Rngs(0))
     names = ["norm2.bias", "norm2.scale"]
     for variable in (model.norm2.bias, model.norm2.scale):
         variable[...] = jnp.zeros(4)
-    before = flat(model)
+    before, probe = flat(model), Probe(model, skip, IMAGES)
     with pytest.raises(AssertionError, match="0 for ever"):
-        assert_starts_at_its_skip_and_trains(model, skip, IMAGES, names)
-    step = descent(model, IMAGES)
+        assert_starts_at_its_skip_and_trains(probe, names)
     for seed in range(5):
-        step(seed)
+        probe.step(seed)
     for name, array in flat(model).items():
         np.testing.assert_array_equal(array, before[name])
 
 
 def test_a_branch_that_is_not_zero_is_found() -> None:
-    model = blocks.PreActResBlock(4, 4, 2, rngs=nnx.Rngs(0))
+    model = blocks.PreActResBlock(4, 4, 2, **DRAWN, rngs=nnx.Rngs(0))
     with pytest.raises(AssertionError, match="Arrays are not equal"):
-        assert_starts_at_its_skip_and_trains(model, skip, IMAGES, [])
+        assert_starts_at_its_skip_and_trains(Probe(model, skip, IMAGES), [])
 
 
-def test_blocks_that_project_start_as_their_projection() -> None:
-    for model, expected in (
-        (blocks.BasicBlock(4, 6, 2, rngs=nnx.Rngs(0)), relu_of_skip),
-        (blocks.PreActResBlock(4, 6, 2, 2, 0.3, rngs=nnx.Rngs(0)), skip),
-    ):
-        surgery.zero_last_gamma(model)
-        np.testing.assert_array_equal(model(IMAGES), expected(model, IMAGES))
+def test_a_block_starts_as_its_projection_with_a_norm() -> None:
+    model = blocks.BasicBlock(4, 6, 2, **DRAWN, rngs=nnx.Rngs(0))
+    surgery.zero_last_gamma(model)
+    np.testing.assert_array_equal(model(IMAGES), relu_of_skip(model, IMAGES))
 
 
 def test_a_bias_of_the_last_norm_is_zeroed_too() -> None:
-    model = blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0))
+    model = blocks.BasicBlock(4, 4, **DRAWN, rngs=nnx.Rngs(0))
     model.bn2.bias[...] = jnp.ones(4)
     surgery.zero_last_gamma(model)
     np.testing.assert_array_equal(model(IMAGES), nnx.relu(IMAGES))
@@ -184,15 +191,15 @@ def test_the_last_norm_may_have_no_bias() -> None:
     def norm(channels: int, **options: object) -> nnx.Module:
         return norms.BatchNorm(channels, bias=False, **options)
 
-    model = blocks.BasicBlock(4, 4, norm=norm, rngs=nnx.Rngs(0))
+    model = blocks.BasicBlock(4, 4, norm=norm, **DRAWN, rngs=nnx.Rngs(0))
     assert surgery.zero_last_gamma(model) == ["bn2.scale"]
     np.testing.assert_array_equal(model(IMAGES), nnx.relu(IMAGES))
 
 
 def test_the_norms_that_are_zeroed_are_torch_refs() -> None:
     theirs = torch.nn.Sequential(torch_blocks.BasicBlock(4, 4), torch_blocks.BasicBlock(4, 6, 2))
-    ours = nnx.List([blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0)),
-                     blocks.BasicBlock(4, 6, 2, rngs=nnx.Rngs(0))])  # fmt: skip
+    ours = nnx.List([blocks.BasicBlock(4, 4, **DRAWN, rngs=nnx.Rngs(0)),
+                     blocks.BasicBlock(4, 6, 2, **DRAWN, rngs=nnx.Rngs(0))])  # fmt: skip
     expected = torch_surgery.zero_last_bn_gamma(theirs)
     assert surgery.zero_last_gamma(ours) == [
         f"{n}.{v}" for n in expected for v in ("bias", "scale")
@@ -216,7 +223,9 @@ class Deep(nnx.Module):
     def __init__(self) -> None:
         rngs = nnx.Rngs(0)
         self.head = linear.Linear(2, 2, rngs=rngs)
-        self.blocks = nnx.List([blocks.PreActResBlock(2, 2, 1, rngs=rngs) for _ in range(11)])
+        self.blocks = nnx.List(
+            [blocks.PreActResBlock(2, 2, 1, **DRAWN, rngs=rngs) for _ in range(11)]
+        )
 
 
 @pytest.mark.usefixtures("mode")
@@ -248,7 +257,7 @@ def test_stacked_blocks_start_at_zero() -> None:
 
 
 def test_post_ln_is_refused_with_the_reason_and_nothing_is_zeroed() -> None:
-    model = nnx.Dict(a=blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0)), b=PostLN(nnx.Rngs(0)))
+    model = nnx.Dict(a=blocks.BasicBlock(4, 4, **DRAWN, rngs=nnx.Rngs(0)), b=PostLN(nnx.Rngs(0)))
     before = flat(model)
     with pytest.raises(
         ValueError, match="got 'b' PostLN: its norm stands behind the addition"
@@ -271,10 +280,47 @@ def test_a_norm_without_scale_is_refused_by_the_blocks_name() -> None:
     def norm(channels: int, **options: object) -> nnx.Module:
         return norms.BatchNorm(channels, affine=False, **options)
 
-    model = nnx.Dict(stage=nnx.List([blocks.BasicBlock(4, 4, norm=norm, rngs=nnx.Rngs(0))]))
+    model = nnx.Dict(
+        stage=nnx.List([blocks.BasicBlock(4, 4, norm=norm, **DRAWN, rngs=nnx.Rngs(0))])
+    )
     message = "got 'stage.0' BasicBlock: its last layer is a BatchNorm without a scale or a kernel"
     with pytest.raises(ValueError, match=message):
         surgery.zero_last_gamma(model)
+
+
+def test_attention_is_named_by_its_output_layer() -> None:
+    class Named(PreLN):
+        pass
+
+    surgery.register_residual(Named, lambda block: surgery.last_parameters(block.attn))
+    with pytest.raises(ValueError, match=r"MultiHeadAttention without .* name its output layer\."):
+        surgery.zero_last_gamma(Named(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="last_parameters takes layers, got layer_type='NoneType'"):
+        surgery.last_parameters(None)
+
+
+def test_of_a_mixed_model_only_the_known_blocks_are_zeroed_and_named() -> None:
+    class Unknown(PreLN):
+        pass
+
+    del _residual._RESIDUAL[PreLN]
+    model = nnx.List([blocks.PreActResBlock(2, 2, 1, rngs=nnx.Rngs(0)), Unknown(nnx.Rngs(0))])
+    assert surgery.zero_last_gamma(model) == ["0.conv2.kernel"]
+    assert model[1].second.kernel[...].all()
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(lambda: PreLN(nnx.Rngs(0)), "function"), ([PreLN], "list")]
+)
+def test_what_is_no_module_is_refused(model: object, name: str) -> None:
+    """NNX walks through it and finds nothing."""
+    for change in (
+        surgery.zero_last_gamma,
+        lambda m: surgery.init_weights(m, surgery.init_layer, rngs=nnx.Rngs(0)),
+    ):
+        message = f"model must be an nnx.Module, got model_type='{name}'. Pass the built model"
+        with pytest.raises(ValueError, match=message):
+            change(model)
 
 
 def test_a_model_without_blocks_is_refused() -> None:
@@ -294,6 +340,16 @@ def test_a_subclass_is_treated_as_its_parent_unless_registered() -> None:
     assert surgery.zero_last_gamma(block) == ["conv2.kernel"]
 
 
+@pytest.mark.parametrize("block_type", ["PreLN", dict, blocks.BasicBlock.__call__], ids=str)
+def test_what_is_no_type_of_blocks_is_refused(block_type: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"block_type must be a subclass of nnx\.Module, got block"
+    ):
+        surgery.register_residual(block_type, surgery.refuse_post_norm)
+    with pytest.raises(ValueError, match="last must be a function from a block to variables, got"):
+        surgery.register_residual(PreLN, ["kernel"])
+
+
 def test_a_type_is_registered_once() -> None:
     with pytest.raises(ValueError, match="registered once, got block_type='BasicBlock'"):
         surgery.register_residual(blocks.BasicBlock, surgery.refuse_post_norm)
@@ -305,6 +361,11 @@ def test_a_type_is_registered_once() -> None:
         (lambda _: [], "must return a variable, or say why there is none, got block='Own'"),
         (lambda block: [block.bias], "must return variables of the model, got returned='NoneType'"),
         (lambda _: [nnx.Param(jnp.ones(2))], "variables of the model, got returned='Param'"),
+        (lambda _: None, "must return a list of variables, got returned='NoneType' and block='Own"),
+        (
+            lambda _: nnx.Param(jnp.ones(2)),
+            "list of variables, got returned='Param' .* into a list",
+        ),
     ],
 )
 def test_what_a_registered_function_returns_is_checked(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxstab import initializers
+from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike, Initializer
 from flaxstab.linear import Conv
 
@@ -29,6 +30,22 @@ class MakeNorm(Protocol):
         rngs: nnx.Rngs,
     ) -> nnx.Module:
         """Returns a layer for the given number of channels."""
+
+
+def check_choices(norm: MakeNorm | None, act: Function | None) -> None:
+    """Raises a ``ValueError`` unless both are ``None`` or functions."""
+    check(
+        norm is None or (callable(norm) and not isinstance(norm, nnx.Module)),
+        "norm must be a function that builds a norm",
+        fix="Pass e.g. functools.partial(norms.GroupNorm, 8): each norm is built anew.",
+        norm=norm if isinstance(norm, str) else type(norm).__name__,
+    )
+    check(
+        act is None or (callable(act) and not isinstance(act, type)),
+        "act must be a function of an array",
+        fix="Pass e.g. flaxstab.functional.relu.",
+        act=act,
+    )
 
 
 def residual(x: Array, branch: Function, skip: Function | None) -> Array:

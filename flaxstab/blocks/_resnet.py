@@ -8,8 +8,9 @@ from flax import nnx
 from flaxstab import functional
 from flaxstab._checks import check, check_positive
 from flaxstab._typing import Array, DTypeLike, Initializer
-from flaxstab.blocks._parts import Function, MakeNorm, Parts, residual
+from flaxstab.blocks._parts import Function, MakeNorm, Parts, check_choices, residual
 from flaxstab.dropout import ChannelDropout
+from flaxstab.linear._base import check_rngs
 from flaxstab.norms import BatchNorm, GroupNorm
 
 
@@ -34,13 +35,18 @@ class BasicBlock(nnx.Module):
       rngs: source of the keys; the ``params`` stream is used.
 
     Raises:
-      ValueError: if a size is below 1.
+      ValueError: if a size is below 1, ``norm`` or ``act`` is no function, or ``rngs`` is missing.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> BasicBlock(3, 8, stride=2, rngs=nnx.Rngs(0))(jnp.ones((2, 7, 7, 3))).shape
       (2, 4, 4, 8)
+
+    Differs from:
+      torchvision's ResNet, which builds ``downsample`` before the block: of one stream of random
+      numbers its layers get others (for :func:`flaxstab.torch_rng.seed_parameters`; the documents'
+      block draws in our order).
 
     Reference:
       K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2015,
@@ -58,10 +64,11 @@ class BasicBlock(nnx.Module):
         kernel_init: Initializer | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
     ) -> None:
         check_positive(in_ch=in_ch, out_ch=out_ch, stride=stride)
-        parts = Parts(norm or BatchNorm, kernel_init, dtype, param_dtype, rngs)
+        check_choices(norm, act)
+        parts = Parts(norm or BatchNorm, kernel_init, dtype, param_dtype, check_rngs(rngs))
         self.conv1 = parts.conv(in_ch, out_ch, 3, stride)
         self.bn1 = parts.norm(out_ch)
         self.conv2 = parts.conv(out_ch, out_ch, 3)
@@ -101,7 +108,8 @@ class PreActResBlock(nnx.Module):
       rngs: source of the keys, stream ``params``, and ``dropout`` if anything is dropped.
 
     Raises:
-      ValueError: if a size is below 1, the groups do not divide, or ``drop`` is outside [0, 1].
+      ValueError: if a size is below 1, the groups do not divide, ``drop`` is outside [0, 1],
+        ``norm`` or ``act`` is no function, or ``rngs`` is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,7 +138,7 @@ class PreActResBlock(nnx.Module):
         kernel_init: Initializer | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
     ) -> None:
         check_positive(in_ch=in_ch, out_ch=out_ch, groups=groups, stride=stride)
         check(
@@ -140,8 +148,9 @@ class PreActResBlock(nnx.Module):
             in_ch=in_ch,
             out_ch=out_ch,
         )
+        check_choices(norm, act)
         make_norm = norm or functools.partial(GroupNorm, groups)
-        parts = Parts(make_norm, kernel_init, dtype, param_dtype, rngs)
+        parts = Parts(make_norm, kernel_init, dtype, param_dtype, check_rngs(rngs))
         self.norm1 = parts.norm(in_ch)
         self.conv1 = parts.conv(in_ch, out_ch, 3, stride)
         self.norm2 = parts.norm(out_ch)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxstab._checks import check
 from flaxstab._typing import Array, Float, Int
@@ -11,7 +12,7 @@ def row_index(padding_idx: int | None, num_embeddings: int) -> int | None:
     """Returns ``padding_idx`` counted from the front; ``None`` stays ``None``.
 
     Raises:
-      ValueError: if there is no such row.
+      ValueError: if it is no integer, or there is no such row.
 
     Example:
       >>> row_index(-1, 5)
@@ -19,6 +20,11 @@ def row_index(padding_idx: int | None, num_embeddings: int) -> int | None:
     """
     if padding_idx is None:
         return None
+    check(
+        isinstance(padding_idx, int | np.integer) and not isinstance(padding_idx, bool),
+        "padding_idx must be an integer or None",
+        padding_idx=padding_idx,
+    )
     check(
         -num_embeddings <= padding_idx < num_embeddings,
         "padding_idx must lie in [-num_embeddings, num_embeddings)",

@@ -7,17 +7,34 @@ from flaxstab._dtypes import floating
 from flaxstab._typing import Array, DTypeLike, Initializer, Shape
 
 
+def check_rngs(rngs: nnx.Rngs | None) -> nnx.Rngs:
+    """Returns the source of a layer's keys.
+
+    Raises:
+      ValueError: if it is missing, or has no stream for parameters.
+    """
+    if rngs is None:
+        raise ValueError("a layer with random weights needs rngs. Pass rngs=nnx.Rngs(seed).")
+    is_rngs = isinstance(rngs, nnx.Rngs)
+    if not is_rngs or not ("params" in rngs or "default" in rngs):
+        raise ValueError(
+            "rngs must be nnx.Rngs with a 'params' stream or a default one, got "
+            f"{sorted(rngs) if is_rngs else type(rngs).__name__}. "
+            "Pass nnx.Rngs(seed), or nnx.Rngs(params=…)."
+        )
+    return rngs
+
+
 def drawn(
     rngs: nnx.Rngs | None, init: Initializer, shape: Shape, dtype: DTypeLike
 ) -> nnx.Param[Array]:
     """Draws a parameter.
 
     Raises:
-      ValueError: if ``rngs`` is missing or ``dtype`` is no floating-point one.
+      ValueError: if ``rngs`` is missing or no source, or ``dtype`` is no floating-point one.
     """
-    if rngs is None:
-        raise ValueError("a layer with random weights needs rngs. Pass rngs=nnx.Rngs(seed).")
-    return nnx.Param(init(rngs.params(), shape, floating("param_dtype", dtype)))
+    key = check_rngs(rngs).params()
+    return nnx.Param(init(key, shape, floating("param_dtype", dtype)))
 
 
 def drawn_bias(

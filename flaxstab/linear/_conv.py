@@ -30,9 +30,8 @@ def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
 def _window(kernel_size: Sizes) -> Shape:
     """Returns the window; an integer means two equal axes."""
     rank = 2 if isinstance(kernel_size, int | np.integer) else len(kernel_size)
-    window = per_axis("kernel_size", kernel_size, rank, minimum=1)
-    check(rank > 0, "kernel_size must name at least one axis", kernel_size=kernel_size)
-    return window
+    check(1 <= rank <= 3, "kernel_size must name one to three axes", kernel_size=kernel_size)
+    return per_axis("kernel_size", kernel_size, rank, minimum=1)
 
 
 class Conv(nnx.Module):
@@ -144,6 +143,8 @@ class ConvTranspose(nnx.Module):
       dilation: spacing of the window's elements.
       padding_mode: ``'zeros'``, the only one there is.
       kernel_init: draws the kernel, shape ``(*kernel_size, in_channels, out_channels / groups)``.
+        For the fans that ``torch.nn.init.kaiming_normal_`` and the others see in PyTorch's weight,
+        give ours ``in_axis=-1, out_axis=-2``.
       bias_init: draws the bias, shape ``(out_channels,)``; ``None`` = PyTorch's law.
       dtype: dtype of computation and output; ``None`` = the input's.
       param_dtype: dtype of the parameters.

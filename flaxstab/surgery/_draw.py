@@ -12,17 +12,7 @@ from flaxstab import initializers
 from flaxstab._checks import check
 from flaxstab._typing import Array, Initializer, Shape
 from flaxstab.linear import Conv, ConvTranspose, Embed, Linear
-
-
-def next_key(rngs: nnx.Rngs) -> Array:
-    """Returns the next key of the ``params`` stream."""
-    try:
-        return rngs.params()
-    except AttributeError as error:
-        raise ValueError(
-            f"initialisation needs a 'params' stream or a default one, got {sorted(rngs)}. "
-            "Pass nnx.Rngs(seed), or nnx.Rngs(params=…)."
-        ) from error
+from flaxstab.linear._base import check_rngs
 
 
 class _Held(NamedTuple):
@@ -80,7 +70,9 @@ def redraw(module: nnx.Module, name: str, init: Initializer, *, rngs: nnx.Rngs) 
     """Draws one variable of a layer anew, in place: for rules of your own.
 
     Where ``nnx.vmap`` or ``nnx.scan`` has stacked layers, each of them gets a draw of its own, with
-    the fan of the single layer; ``nnx.LinearGeneral`` is drawn as the matrix that it is.
+    the fan of the single layer; ``nnx.LinearGeneral`` is drawn as the matrix that it is. Stack on
+    leading axes: another is refused where the shape shows it, but three ``Linear(3, 3)`` stacked
+    with ``out_axes=1`` have the shape of three that are stacked in front, and are drawn as those.
 
     Args:
       module: a linear layer, a convolution or an embedding, flaxstab's or NNX's.
@@ -90,7 +82,8 @@ def redraw(module: nnx.Module, name: str, init: Initializer, *, rngs: nnx.Rngs) 
 
     Raises:
       ValueError: if the layer has no such variable (``None`` counts as none), or its type is
-        none of these, or the stack's axes do not come first.
+        none of these, the shape shows that the stack's axes do not come first, or ``rngs`` has
+        neither a ``params`` stream nor a default one.
 
     Example:
       >>> from flax import nnx
@@ -113,7 +106,7 @@ def redraw(module: nnx.Module, name: str, init: Initializer, *, rngs: nnx.Rngs) 
     def draw(key: Array) -> Array:
         return jnp.asarray(init(key, drawn, old.dtype), old.dtype).reshape(held)
 
-    key = next_key(rngs)
+    key = check_rngs(rngs).params()
     if stack:
         new = jax.vmap(draw)(jax.random.split(key, math.prod(stack))).reshape(old.shape)
     else:
@@ -139,7 +132,7 @@ def _held(module: nnx.Module, name: str) -> _Held:
         name in shapes,
         "redraw must know a variable's shape, as it does for linear layers, convolutions and "
         "embeddings",
-        fix="Set module.name[...] yourself.",
+        fix=f"Set module.{name}[...] yourself.",
         name=name,
         module_type=type(module).__name__,
     )

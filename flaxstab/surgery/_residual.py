@@ -9,6 +9,7 @@ from flax import nnx
 from flaxstab._checks import check
 from flaxstab._typing import Array
 from flaxstab.blocks import BasicBlock, PreActResBlock
+from flaxstab.surgery._walk import check_model
 
 _Path = tuple[object, ...]
 _Last = Callable[..., Sequence[nnx.Variable[Array]]]
@@ -21,16 +22,23 @@ def last_parameters(*layers: nnx.Module) -> list[nnx.Variable[Array]]:
       *layers: the layers that end a block's branches.
 
     Raises:
-      ValueError: if one has neither a scale nor a kernel, like a norm without affine parameters.
+      ValueError: if one has neither a scale nor a kernel of its own, like a norm without affine
+        parameters, or attention, whose output layer has them.
     """
     found: list[nnx.Variable[Array]] = []
     for layer in layers:
+        check(
+            isinstance(layer, nnx.Module),
+            "last_parameters takes layers",
+            layer_type=type(layer).__name__,
+        )
         held = {n: vars(layer).get(n) for n in ("scale", "kernel", "bias")}
         own = {n: v for n, v in held.items() if isinstance(v, nnx.Variable)}
         if not own.keys() - {"bias"}:
             raise ValueError(
                 f"its last layer is a {type(layer).__name__} without a scale or a kernel. "
-                "Give a norm affine parameters."
+                "Give a norm affine parameters; of a module made of layers, such as attention, "
+                "name its output layer."
             )
         found += own.values()
     return found
@@ -66,7 +74,8 @@ def register_residual(block_type: type[nnx.Module], last: _Last) -> None:
         ``ValueError`` with the reason if there are none (:func:`refuse_post_norm`).
 
     Raises:
-      ValueError: if the type is registered already.
+      ValueError: if ``block_type`` is no subclass of ``nnx.Module``, ``last`` no function, or the
+        type is registered already.
 
     Example:
       >>> from flax import nnx
@@ -79,6 +88,13 @@ def register_residual(block_type: type[nnx.Module], last: _Last) -> None:
       >>> zero_last_gamma(Block(4, nnx.Rngs(0)))
       ['out.bias', 'out.kernel']
     """
+    check(
+        isinstance(block_type, type) and issubclass(block_type, nnx.Module),
+        "block_type must be a subclass of nnx.Module",
+        fix="Pass the class itself.",
+        block_type=block_type,
+    )
+    check(callable(last), "last must be a function from a block to variables", last=last)
     check(
         block_type not in _RESIDUAL,
         "a block type is registered once",
@@ -96,6 +112,9 @@ def zero_last_gamma(model: nnx.Module) -> list[str]:
     gradient for ever. Pre-LN blocks: kernel and bias of the output projections. Post-LN has no
     such start and is refused. Stacked blocks work as they are.
 
+    Only blocks of known types are found: of a model that mixes them with others, the others stay
+    as they are. So check the names that are returned.
+
     Args:
       model: a model with residual blocks of :mod:`flaxstab.blocks` or registered types.
 
@@ -103,8 +122,8 @@ def zero_last_gamma(model: nnx.Module) -> list[str]:
       The names of the variables that are now 0, sorted by path: ``blocks.2`` before ``blocks.10``.
 
     Raises:
-      ValueError: if the model has no such block, or one that cannot start at zero; nothing is
-        zeroed then.
+      ValueError: if the model is no ``nnx.Module``, or has no such block, or one that cannot start
+        at zero; nothing is zeroed then.
 
     Example:
       >>> from flax import nnx
@@ -115,6 +134,7 @@ def zero_last_gamma(model: nnx.Module) -> list[str]:
     Reference:
       P. Goyal et al., "Accurate, Large Minibatch SGD", 2017, arXiv:1706.02677 (section 5.1).
     """
+    check_model(model)
     paths = {id(v): p for p, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)}
     found: dict[_Path, nnx.Variable[Array]] = {}
     for path, block in nnx.iter_modules(model):
@@ -142,6 +162,13 @@ def _last_of(path: _Path, block: nnx.Module, last: _Last) -> Sequence[nnx.Variab
             "every residual branch must be able to start at zero and train, got "
             f"{'.'.join(map(str, path))!r} {type(block).__name__}: {reason}"
         ) from None
+    check(
+        isinstance(found, Sequence),
+        "register_residual's function must return a list of variables",
+        fix="Put a single one into a list.",
+        returned=type(found).__name__,
+        block=type(block).__name__,
+    )
     check(
         len(found) > 0,
         "register_residual's function must return a variable, or say why there is none",

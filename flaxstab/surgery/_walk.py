@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from flaxstab._checks import check
 from flaxstab._typing import Array
-from flaxstab.surgery._draw import next_key
+from flaxstab.linear._base import check_rngs
 
 _Path = tuple[object, ...]
 
@@ -33,6 +34,16 @@ _BARE: dict[type[nnx.Module], tuple[str, ...]] = {
 }
 
 
+def check_model(model: nnx.Module) -> None:
+    """Raises a ``ValueError`` unless it is a model: of anything else nothing would be visited."""
+    check(
+        isinstance(model, nnx.Module),
+        "model must be an nnx.Module",
+        fix="Pass the built model itself; put several into an nnx.List.",
+        model_type=type(model).__name__,
+    )
+
+
 def init_weights(model: nnx.Module, rule: Rule, *, rngs: nnx.Rngs) -> None:
     """Gives every module of a model to a rule, in place, children before parents.
 
@@ -45,14 +56,18 @@ def init_weights(model: nnx.Module, rule: Rule, *, rngs: nnx.Rngs) -> None:
     a module draws the same weights whatever order NNX keeps attributes in, and whatever else the
     model holds.
 
+    A rule that sets ``module.kernel[...]`` itself sees the kernels of layers that ``nnx.vmap`` or
+    ``nnx.scan`` has stacked as one array, with the axis of the stack: fans computed from its shape
+    are wrong. :func:`redraw` draws each layer of the stack by its own fans.
+
     Args:
       model: the model. It is unchanged if the rule raises.
       rule: called as ``rule(module, rngs=…)``, e.g. ``partial(init_layer, nonlin="tanh")``.
-        :func:`redraw` knows layers that ``nnx.vmap`` or ``nnx.scan`` has stacked.
       rngs: source of the keys; the ``params`` stream is used once.
 
     Raises:
-      ValueError: if ``rngs`` has neither a ``params`` stream nor a default one.
+      ValueError: if the model is no ``nnx.Module``, or ``rngs`` has neither a ``params`` stream
+        nor a default one.
 
     Example:
       >>> from flax import nnx
@@ -61,10 +76,12 @@ def init_weights(model: nnx.Module, rule: Rule, *, rngs: nnx.Rngs) -> None:
       >>> init_weights(model, surgery.init_layer, rngs=nnx.Rngs(1))
 
     Differs from:
-      ``torch.nn.Module.apply``, which returns the model.
+      ``torch.nn.Module.apply``, which returns the model, and which visits a module that several
+      parents hold once for each of them; here it is visited once in all.
     """
-    with _all_or_nothing(model):
-        key = next_key(rngs)
+    check_model(model)
+    with all_or_nothing(model):
+        key = check_rngs(rngs).params()
         for path, module in _modules(model):
             rule(module, rngs=nnx.Rngs(_key_at(key, path)))
 
@@ -86,7 +103,7 @@ def _is_bare(owner: nnx.Module | None, name: str) -> bool:
 
 
 @contextmanager
-def _all_or_nothing(model: nnx.Module) -> Iterator[None]:
+def all_or_nothing(model: nnx.Module) -> Iterator[None]:
     """Puts attributes and values of a model back if the block raises."""
     nodes = [node for _, node in nnx.iter_graph(model)]
     attributes = [(node, dict(vars(node))) for node in nodes if isinstance(node, nnx.Pytree)]
