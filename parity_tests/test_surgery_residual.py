@@ -340,7 +340,9 @@ def test_a_subclass_is_treated_as_its_parent_unless_registered() -> None:
     assert surgery.zero_last_gamma(block) == ["conv2.kernel"]
 
 
-@pytest.mark.parametrize("block_type", ["PreLN", dict, blocks.BasicBlock.__call__], ids=["name", "dict", "function"])
+@pytest.mark.parametrize(
+    "block_type", ["PreLN", dict, blocks.BasicBlock.__call__], ids=["name", "dict", "function"]
+)
 def test_what_is_no_type_of_blocks_is_refused(block_type: object) -> None:
     with pytest.raises(
         ValueError, match=r"block_type must be a subclass of nnx\.Module, got block"
