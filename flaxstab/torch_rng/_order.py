@@ -7,11 +7,6 @@ from flax import nnx
 _FRESH = ("_pytree__state", "_pytree__nodes")  # what NNX gives a node before its constructor runs
 
 
-def attributes(node: nnx.Pytree) -> dict[str, object]:
-    """Returns a node's attributes in the order in which they lie in it, without NNX's own."""
-    return {n: value for n, value in vars(node).items() if n not in _FRESH}
-
-
 def modules_of(model: nnx.Module) -> Iterator[nnx.Module]:
     """Yields every module once, children before parents, in the order of their assignment."""
     yield from (node for node in _nodes(model, set()) if isinstance(node, nnx.Module))
@@ -32,7 +27,9 @@ def _nodes(node: object, seen: set[int]) -> Iterator[nnx.Pytree]:
 
 def _children(node: nnx.Pytree) -> list[object]:
     # A list's elements are attributes by number, and lie in any order after a change.
-    return list(node) if isinstance(node, nnx.List) else list(attributes(node).values())
+    if isinstance(node, nnx.List):
+        return list(node)
+    return [value for name, value in vars(node).items() if name not in _FRESH]
 
 
 def is_as_built(node: nnx.Pytree) -> bool:
