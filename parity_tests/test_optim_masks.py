@@ -15,6 +15,7 @@ NORMS = {
     "group": lambda: norms.GroupNorm(2, 4),
     "instance": lambda: norms.InstanceNorm(4, affine=True),
     "layer": lambda: norms.LayerNorm((3, 4)),  # two-dimensional parameters
+    "rms": lambda: norms.RMSNorm(4),
     "nnx batch": lambda: nnx.BatchNorm(4, rngs=nnx.Rngs(0)),
     "nnx group": lambda: nnx.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0)),
     "nnx instance": lambda: nnx.InstanceNorm(4, rngs=nnx.Rngs(0)),

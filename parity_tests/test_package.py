@@ -50,6 +50,8 @@ SIGNATURES = {
         "num_features, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True"
     ),
     "norms.GhostBatchNorm": "num_features, virtual_batch_size",
+    "norms.FrozenBatchNorm": "num_features, eps=1e-05",
+    "norms.RMSNorm": "normalized_shape, eps=None, elementwise_affine=True",
     "norms.LayerNorm": "normalized_shape, eps=1e-05, elementwise_affine=True, bias=True",
     "norms.GroupNorm": "num_groups, num_channels, eps=1e-05, affine=True",
     "norms.InstanceNorm": (
@@ -72,6 +74,12 @@ SIGNATURES = {
     "surgery.init_weights": "model, rule, *rngs",
     "surgery.init_layer": "module, nonlin='relu', leaky_slope=0.01, *rngs",
     "surgery.zero_last_gamma": "model",
+    "surgery.replace_norms": "model, make",
+    "surgery.batch_to_group": "num_groups=32",
+    "surgery.batch_to_layer": "",
+    "surgery.freeze_batch_norm": "model",
+    "surgery.unfreeze_batch_norm": "model, momentum=0.1",
+    "surgery.convert_sync_batch_norm": "model, axis_name",
     "torch_rng.Generator": "seed",
     "torch_rng.seed_parameters": "model, seed, *then=None",
     "optim.adamw": (

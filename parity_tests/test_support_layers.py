@@ -1,12 +1,13 @@
 """The checks of ``support.layers`` can fail."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from parity_tests.support.cases import values
-from parity_tests.support.layers import assert_same, assert_twins, image
+from parity_tests.support.layers import assert_same, assert_twins, image, narrowings
 
 ONE = np.ones(3)
 NAN = np.array([1.0, np.nan, 1.0])
@@ -58,3 +59,12 @@ def test_image_moves_the_channels_there_and_back() -> None:
     y = image(lambda t: (seen.append(t.shape), t)[1])(x)
     assert seen == [(2, 5, 3, 4)]
     assert torch.equal(x, y)
+
+
+def test_narrowings_are_seen_also_inside_jit() -> None:
+    def planted(x: jax.Array) -> object:
+        return jax.jit(lambda x: jnp.asarray(jnp.asarray(x, jnp.float32), jnp.float64))(x)
+
+    with jax.enable_x64(True):
+        assert len(narrowings(jax.make_jaxpr(planted)(np.ones(3)))) == 2
+        assert narrowings(jax.make_jaxpr(lambda x: x * 2)(np.ones(3))) == []

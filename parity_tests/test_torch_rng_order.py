@@ -224,6 +224,6 @@ def test_silent_layers_stay_as_they_are(silent: type[nnx.Module]) -> None:
         return nnx.List([silent(*arguments, **options, rngs=RNGS), MAKERS["Linear"]()])
 
     found, expected = seed_parameters(make, 0), make()
-    assert values(found[0])
+    assert values(found[0]) or silent is norms.FrozenBatchNorm  # which has no parameters
     assert same(values(found[0]), values(expected[0]))
     assert same(values(found[1]), values(seed_parameters(MAKERS["Linear"], 0)))

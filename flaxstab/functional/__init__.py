@@ -6,6 +6,8 @@ from flaxstab.functional._activations import relu as relu
 from flaxstab.functional._dropout import dropout as dropout
 from flaxstab.functional._dropout import dropout_mask as dropout_mask
 from flaxstab.functional._embedding import embedding as embedding
+from flaxstab.functional._fused import norm_act as norm_act
+from flaxstab.functional._fused import norm_add_act as norm_add_act
 from flaxstab.functional._linear import conv as conv
 from flaxstab.functional._linear import linear as linear
 from flaxstab.functional._linear import padding_pairs as padding_pairs
@@ -21,8 +23,9 @@ from flaxstab.functional._norms import batch_norm_inference as batch_norm_infere
 from flaxstab.functional._norms import group_norm as group_norm
 from flaxstab.functional._norms import instance_norm as instance_norm
 from flaxstab.functional._norms import layer_norm as layer_norm
-from flaxstab.functional._norms import normalize as normalize
+from flaxstab.functional._norms import rms_norm as rms_norm
 from flaxstab.functional._pooling import adaptive_avg_pool as adaptive_avg_pool
 from flaxstab.functional._pooling import avg_pool as avg_pool
 from flaxstab.functional._pooling import max_pool as max_pool
+from flaxstab.functional._standardize import normalize as normalize
 from flaxstab.functional._transposed import conv_transpose as conv_transpose

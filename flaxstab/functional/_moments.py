@@ -1,6 +1,8 @@
 """Mean and variance that an offset cannot spoil, for every normalisation layer."""
 
-from collections.abc import Callable
+import dataclasses
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -39,12 +41,95 @@ class Moments(NamedTuple):
         return (jnp.asarray(x, self.var.dtype) - self.shift) - self.residual
 
 
-def _two_pass(x: Array, average: Callable[[Array], Array], count: int | Array) -> Moments:
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    """Which values of an array share a mean and a variance.
+
+    Attributes:
+      axes: the axes over which a set extends.
+      groups: into how many groups of neighbouring channels the last axis falls as well; ``None``
+        keeps channels apart, unless ``axes`` has the last axis.
+      axis_name: mapped axes over which a set extends.
+      centered: whether normalisation subtracts the set's mean.
+    """
+
+    axes: Shape
+    groups: int | None = None
+    axis_name: AxisName | None = None
+    centered: bool = True
+
+    def sums(self, *values: Array, where: Array | None = None) -> tuple[Array, ...]:
+        """Adds up each set of several arrays of one shape, with one exchange between devices.
+
+        Returns:
+          One sum per array, with ``axes`` of size 1 and each group's sum repeated for its channels.
+        """
+        found = tuple(jnp.sum(v, self.axes, keepdims=True, where=where) for v in values)
+        if self.groups is not None:
+            found = tuple(_over_groups(v, self.groups) for v in found)
+        if self.axis_name is not None:
+            found = tuple(jax.lax.psum(jnp.stack(found), self.axis_name))
+        return found
+
+    def along_features(self, ndim: int) -> bool:
+        """Whether the axes include the last one, along which scale and bias vary."""
+        return ndim - 1 in self.axes
+
+    def size(self, shape: Shape) -> int:
+        """Returns how many values a set has in an array of one device."""
+        within = math.prod(shape[axis] for axis in self.axes)
+        return within if self.groups is None else within * (shape[-1] // self.groups)
+
+
+def _over_groups(sums: Array, groups: int) -> Array:
+    # Space first, per channel, then groups on the small result: splitting the channel axis of the
+    # full array would make every reduction a strided one.
+    grouped = sums.reshape(*sums.shape[:-1], groups, sums.shape[-1] // groups)
+    repeated = jnp.broadcast_to(jnp.sum(grouped, -1, keepdims=True), grouped.shape)
+    return repeated.reshape(sums.shape)
+
+
+def local_moments(x: Array, sets: Sets, where: Array | None = None) -> Moments:
+    """Computes the moments of one device's sets, in float32 or wider.
+
+    Args:
+      x: values of any floating-point dtype.
+      sets: which of them belong together; its ``axis_name`` is passed over.
+      where: booleans of the shape of ``x``; only values where they are true count.
+
+    Returns:
+      The moments; the mean square about 0 in the variance's place unless ``sets.centered``.
+    """
+    sets = dataclasses.replace(sets, axis_name=None)
+    shift, residual, var, count = _two_passes(x, where, sets=sets)
+    return Moments(shift, residual, var, sets.size(x.shape) if count is None else count)
+
+
+@partial(jax.jit, static_argnames="sets", inline=True)
+def _two_passes(
+    x: Array, where: Array | None, *, sets: Sets
+) -> tuple[Array, Array, Array, Array | None]:
+    """Computes the mean, then mean and mean square of what is left after subtracting it.
+
+    The second pass corrects the first mean's rounding. What remains of it is so small that its
+    square leaves the variance its digits, which the square of the mean itself would not.
+    """
+    x = jnp.asarray(x, widest(x.dtype))
+    size, count = jnp.asarray(sets.size(x.shape), x.dtype), None
+    if where is not None:
+        x = jnp.where(where, x, 0)  # what is left out may be NaN, and must not reach the gradient
+        (count,) = sets.sums(jnp.asarray(where, x.dtype))
+        size = jnp.maximum(count, 1)
+    if not sets.centered:
+        zero = jnp.zeros((), x.dtype)
+        return zero, zero, sets.sums(jnp.square(x), where=where)[0] / size, count
     # Differentiating through the shift would add terms that cancel: the centred value does not
     # depend on it (test_moments_have_the_exact_gradient).
-    shift = jax.lax.stop_gradient(average(x))
-    residual = average(x - shift)
-    return Moments(shift, residual, average(jnp.square((x - shift) - residual)), count)
+    shift = jax.lax.stop_gradient(sets.sums(x, where=where)[0] / size)
+    rest = x - shift
+    total, squares = sets.sums(rest, jnp.square(rest), where=where)
+    residual = total / size
+    return shift, residual, jnp.maximum(squares / size - jnp.square(residual), 0), count
 
 
 def moments(
@@ -78,20 +163,8 @@ def moments(
       T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for Computing the Sample Variance:
       Analysis and Recommendations", The American Statistician, 1983 (equation 1.7 and 2.1).
     """
-    x = jnp.asarray(x, widest(x.dtype))
-    if where is None:
-        count: int | Array = 1
-        for axis in axes:
-            count *= x.shape[axis]
-        result = _two_pass(x, lambda v: jnp.mean(v, axes, keepdims=True), count)
-    else:
-        where = jnp.broadcast_to(where, x.shape)
-        x = jnp.where(where, x, 0)  # what is left out may be NaN, and must not reach the gradient
-        count = jnp.sum(where, axes, keepdims=True, dtype=x.dtype)
-        divisor = jnp.maximum(count, 1)
-        result = _two_pass(
-            x, lambda v: jnp.sum(v, axes, keepdims=True, where=where) / divisor, count
-        )
+    where = None if where is None else jnp.broadcast_to(where, x.shape)
+    result = local_moments(x, Sets(axes), where)
     return result if axis_name is None else _combine(result, axis_name)
 
 
@@ -135,24 +208,15 @@ def group_moments(x: Array, num_groups: int) -> Moments:
       >>> group_moments(jnp.array([[1.0, 3.0, 10.0, 20.0]]), 2).mean.tolist()
       [[2.0, 2.0, 15.0, 15.0]]
     """
-    channels, space = x.shape[-1], tuple(range(1, x.ndim - 1))
+    check_groups(num_groups, x.shape[-1])
+    return local_moments(x, Sets(tuple(range(1, x.ndim - 1)), num_groups))
+
+
+def check_groups(num_groups: int, channels: int) -> None:
+    """Raises a ``ValueError`` unless the groups divide the channels."""
     check(
         num_groups >= 1 and channels % num_groups == 0,
         "num_groups must divide the channels",
         num_groups=num_groups,
         channels=channels,
     )
-    x = jnp.asarray(x, widest(x.dtype))
-
-    def average(values: Array) -> Array:
-        # Space first, per channel, then groups on the small result: splitting the channel axis
-        # of the full array would make every reduction a strided one.
-        per_channel = jnp.mean(values, space, keepdims=True)  # (N, *1, C)
-        grouped = per_channel.reshape(*per_channel.shape[:-1], num_groups, channels // num_groups)
-        repeated = jnp.broadcast_to(jnp.mean(grouped, -1, keepdims=True), grouped.shape)
-        return repeated.reshape(per_channel.shape)
-
-    count = channels // num_groups
-    for axis in space:
-        count *= x.shape[axis]
-    return _two_pass(x, average, count)

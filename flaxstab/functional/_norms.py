@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flaxstab._checks import check
 from flaxstab._dtypes import aligned, output_dtype, widest
 from flaxstab._typing import Array, AxisName, Bool, DTypeLike, Float, Int, Shape
-from flaxstab.functional._moments import Moments, group_moments, moments
+from flaxstab.functional._moments import Moments, Sets, check_groups, moments
+from flaxstab.functional._standardize import normalize_fixed, remembered, standardized
 
 
 class RunningStats(NamedTuple):
@@ -47,38 +48,6 @@ class RunningStats(NamedTuple):
             return jnp.asarray(blend, old.dtype)
 
         return RunningStats(step(self.mean, mean), step(self.var, unbiased_var), batches)
-
-
-def normalize(
-    x: Array,
-    statistics: Moments,
-    scale: Array | None,
-    bias: Array | None,
-    *,
-    eps: float,
-    dtype: DTypeLike | None = None,
-) -> Array:
-    """Applies ``(x - mean) / sqrt(var + eps) * scale + bias``: the one affine step of all norms.
-
-    Args:
-      x: values, any shape.
-      statistics: moments that broadcast to ``x``.
-      scale: factor that broadcasts to ``x``, or ``None`` for 1.
-      bias: summand that broadcasts to ``x``, or ``None`` for 0.
-      eps: added to the variance.
-      dtype: the result's dtype; ``None`` keeps that of ``x``.
-
-    Returns:
-      An array of the shape of ``x``.
-    """
-    wide = statistics.var.dtype
-    factor = 1 / jnp.sqrt(statistics.var + eps)
-    if scale is not None:
-        factor = factor * aligned(scale, x, wide)
-    y = statistics.center(x) * factor
-    if bias is not None:
-        y = y + aligned(bias, x, wide)
-    return jnp.asarray(y, output_dtype(x, dtype))
 
 
 def batch_norm(
@@ -125,18 +94,17 @@ def batch_norm(
     if x.size == 0:
         same = None if running is None else running._replace(batches=running.batches + 1)
         return jnp.asarray(x, output_dtype(x, dtype)), same
-    found = moments(x, tuple(range(x.ndim - 1)), where=mask, axis_name=axis_name)
+    sets = Sets(tuple(range(x.ndim - 1)), axis_name=axis_name)
+    found = moments(jax.lax.stop_gradient(x), sets.axes, where=mask, axis_name=axis_name)
     check(
         not (isinstance(found.size, int) and found.size < 2),
         "batch normalisation needs more than 1 value per channel in training",
         fix="Use a larger batch, or use_running_average=True.",
         shape=x.shape,
     )
-    y = normalize(x if mask is None else jnp.where(mask, x, 0), found, scale, bias, eps=eps,
-                  dtype=dtype)  # fmt: skip
-    if mask is not None:
-        constants = jax.lax.stop_gradient((x, found, scale, bias))
-        y = jnp.where(mask, y, normalize(*constants, eps=eps, dtype=dtype))
+    y = standardized(
+        x, scale, bias, sets, found=remembered(found), eps=eps, where=mask, dtype=dtype
+    )
     return y, None if running is None else _follow(running, found, momentum)
 
 
@@ -183,7 +151,7 @@ def batch_norm_inference(
     wide = widest(x.dtype, running.mean.dtype)
     mean, var = aligned(running.mean, x, wide), aligned(running.var, x, wide)
     fixed = Moments(mean, jnp.zeros((), wide), var, 1)
-    return normalize(x, fixed, scale, bias, eps=eps, dtype=dtype)
+    return normalize_fixed(x, fixed, scale, bias, eps=eps, dtype=output_dtype(x, dtype))
 
 
 def layer_norm(
@@ -216,6 +184,12 @@ def layer_norm(
     Reference:
       J. L. Ba, J. R. Kiros, G. E. Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
     """
+    sets = Sets(_trailing(x, normalized_shape))
+    return standardized(x, scale, bias, sets, eps=eps, dtype=dtype)
+
+
+def _trailing(x: Array, normalized_shape: Shape) -> Shape:
+    """Returns the axes of ``normalized_shape``, in which the input's shape must end."""
     rank = len(normalized_shape)
     check(
         x.shape[x.ndim - rank :] == tuple(normalized_shape) and x.ndim >= rank,
@@ -223,8 +197,42 @@ def layer_norm(
         normalized_shape=normalized_shape,
         shape=x.shape,
     )
-    axes = tuple(range(x.ndim - rank, x.ndim))
-    return normalize(x, moments(x, axes), scale, bias, eps=eps, dtype=dtype)
+    return tuple(range(x.ndim - rank, x.ndim))
+
+
+def rms_norm(
+    x: Float[Array, "*batch_and_features"],
+    normalized_shape: Shape,
+    scale: Float[Array, "*features"] | None = None,
+    *,
+    eps: float | None = None,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "*batch_and_features"]:
+    """Divides each sample by the root of the mean square over its trailing axes.
+
+    Same result as ``torch.nn.functional.rms_norm``.
+
+    Args:
+      x: values, shape ``(*batch, *normalized_shape)``.
+      normalized_shape: the trailing axes to normalise over.
+      scale: shape ``normalized_shape``.
+      eps: added to the mean square; ``None`` = the machine epsilon of the dtype of computation,
+        float32 or wider: 1.2e-7 for float32 and, unlike what torch's documentation says but as
+        torch computes, for 16-bit input; 2.2e-16 for float64.
+      dtype: the output's dtype; ``None`` keeps that of ``x``.
+
+    Returns:
+      The normalised values, of the shape of ``x``.
+
+    Raises:
+      ValueError: if the input does not end in ``normalized_shape``.
+
+    Reference:
+      B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
+    """
+    sets = Sets(_trailing(x, normalized_shape), centered=False)
+    small = float(jnp.finfo(widest(x.dtype)).eps) if eps is None else eps
+    return standardized(x, scale, None, sets, eps=small, dtype=dtype)
 
 
 def group_norm(
@@ -259,15 +267,16 @@ def group_norm(
     Reference:
       Y. Wu, K. He, "Group Normalization", 2018, arXiv:1803.08494.
     """
-    found = group_moments(x, num_groups)
+    check_groups(num_groups, x.shape[-1])
+    sets = Sets(tuple(range(1, x.ndim - 1)), num_groups)
     check(
-        x.size == 0 or x.shape[0] * int(found.size) > 1,
+        x.size == 0 or x.shape[0] * sets.size(x.shape) > 1,
         "group normalisation needs more than 1 value per group",
         fix="Use fewer groups or a larger input.",
         num_groups=num_groups,
         shape=x.shape,
     )
-    return normalize(x, found, scale, bias, eps=eps, dtype=dtype)
+    return standardized(x, scale, bias, sets, eps=eps, dtype=dtype)
 
 
 def instance_norm(
@@ -304,17 +313,18 @@ def instance_norm(
       D. Ulyanov, A. Vedaldi, V. Lempitsky, "Instance Normalization: The Missing Ingredient for
       Fast Stylization", 2016, arXiv:1607.08022.
     """
-    found = moments(x, tuple(range(1, x.ndim - 1)))
+    sets = Sets(tuple(range(1, x.ndim - 1)))
+    size = sets.size(x.shape)
     check(
-        x.size == 0 or int(found.size) > 1,
+        x.size == 0 or size > 1,
         "instance normalisation needs more than 1 spatial element in training",
         shape=x.shape,
     )
-    y = normalize(x, found, scale, bias, eps=eps, dtype=dtype)
+    y = standardized(x, scale, bias, sets, eps=eps, dtype=dtype)
     if running is None or x.size == 0:
         return y, running
-    channels = running.mean.shape
+    found, channels = moments(jax.lax.stop_gradient(x), sets.axes), running.mean.shape
     mean = jnp.mean(found.mean, 0).reshape(channels)
-    unbiased = jnp.mean(found.var, 0).reshape(channels) * (found.size / (found.size - 1))
+    unbiased = jnp.mean(found.var, 0).reshape(channels) * (size / (size - 1))
     # torch's InstanceNorm owns a num_batches_tracked but never counts.
     return y, running.update(mean, unbiased, momentum)._replace(batches=running.batches)

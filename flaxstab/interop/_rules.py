@@ -83,6 +83,7 @@ _CONV = Rule(_conv)
 _EMBED = _fixed(EMBEDDING)
 _NORM = _fixed(SCALE, BIAS)
 _TRACKED = _fixed(SCALE, BIAS, MEAN, VAR, COUNT)
+_UNCOUNTED = _fixed(SCALE, BIAS, MEAN, VAR, ignored=("num_batches_tracked",))
 _CELL = Rule(lambda cell: CELLS[type(cell)], owns=True, refusal=cell_refusal)
 
 RULES: dict[type[nnx.Module], Rule] = {
@@ -93,14 +94,16 @@ RULES: dict[type[nnx.Module], Rule] = {
     norms.BatchNorm: _TRACKED,
     norms.GhostBatchNorm: _TRACKED,
     norms.InstanceNorm: _TRACKED,
+    norms.FrozenBatchNorm: _UNCOUNTED,
     norms.LayerNorm: _NORM,
+    norms.RMSNorm: _fixed(SCALE),
     norms.GroupNorm: _NORM,
     dropout.Dropout: _fixed(),
     dropout.ChannelDropout: _fixed(),
     nnx.Linear: _LINEAR,
     nnx.Conv: _CONV,
     nnx.ConvTranspose: Rule(_stock_conv_transpose),
-    nnx.BatchNorm: _fixed(SCALE, BIAS, MEAN, VAR, ignored=("num_batches_tracked",)),
+    nnx.BatchNorm: _UNCOUNTED,
     nnx.LayerNorm: _NORM,
     nnx.GroupNorm: _NORM,
     nnx.InstanceNorm: _NORM,

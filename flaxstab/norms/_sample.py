@@ -6,6 +6,7 @@ from flax import nnx
 
 from flaxstab import functional
 from flaxstab._checks import check, check_last_axis, check_positive
+from flaxstab._dtypes import floating
 from flaxstab._typing import Array, DTypeLike, Shape
 from flaxstab.norms._base import Affine, Tracked
 
@@ -72,6 +73,16 @@ class InstanceNorm(Tracked):
         return y
 
 
+def _checked_shape(normalized_shape: int | Shape) -> Shape:
+    """Returns the trailing axes as a tuple; an integer means the last axis."""
+    axes = normalized_shape
+    shape: Shape = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
+    check(len(shape) > 0, "normalized_shape must name at least one axis", normalized_shape=())
+    for size in shape:
+        check_positive(normalized_shape=size)
+    return tuple(int(size) for size in shape)
+
+
 class LayerNorm(Affine):
     """Normalises each sample over its trailing axes.
 
@@ -110,12 +121,7 @@ class LayerNorm(Affine):
         rngs: nnx.Rngs | None = None,
     ) -> None:
         del rngs
-        axes = normalized_shape
-        shape: Shape = (axes,) if isinstance(axes, int | np.integer) else tuple(axes)
-        check(len(shape) > 0, "normalized_shape must name at least one axis", normalized_shape=())
-        for size in shape:
-            check_positive(normalized_shape=size)
-        shape = tuple(int(size) for size in shape)
+        shape = _checked_shape(normalized_shape)
         super().__init__(shape, eps, dtype, param_dtype, scale=elementwise_affine, bias=bias)
         self.normalized_shape = shape
 
@@ -125,6 +131,60 @@ class LayerNorm(Affine):
         return functional.layer_norm(
             x, self.normalized_shape, scale, bias, eps=self.eps, dtype=self.dtype
         )
+
+
+class RMSNorm(nnx.Module):
+    """Divides each sample by the root of its mean square over its trailing axes.
+
+    Same result as ``torch.nn.RMSNorm``: nothing is subtracted, nothing added behind.
+
+    Args:
+      normalized_shape: the trailing axes; an integer means the last axis. In images it is
+        ``(H, W, C)`` here and ``(C, H, W)`` in torch.
+      eps: added to the mean square; ``None`` = the machine epsilon of the dtype of computation,
+        see :func:`flaxstab.functional.rms_norm`.
+      elementwise_affine: whether to learn ``scale``, shape ``normalized_shape``.
+      dtype: dtype of the output; ``None`` = the input's.
+      param_dtype: dtype of the scale.
+      rngs: accepted like every layer's; nothing is drawn.
+
+    Raises:
+      ValueError: if eps is negative, or the shape is empty or the input does not end in it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> RMSNorm(4)(jnp.array([[0.0, 4.0, 0.0, 0.0]])).round(3).tolist()
+      [[0.0, 2.0, 0.0, 0.0]]
+
+    Differs from:
+      ``flax.nnx.RMSNorm``, whose eps is 1e-6.
+
+    Reference:
+      B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Shape,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        del rngs
+        self.normalized_shape = _checked_shape(normalized_shape)
+        check(eps is None or eps >= 0, "eps must be at least 0 or None", eps=eps)
+        self.eps = eps
+        self.dtype = None if dtype is None else floating("dtype", dtype)
+        ones = jnp.ones(self.normalized_shape, floating("param_dtype", param_dtype))
+        self.scale = nnx.data(nnx.Param(ones) if elementwise_affine else None)
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises ``(*batch, *normalized_shape)``."""
+        scale = None if self.scale is None else self.scale[...]
+        return functional.rms_norm(x, self.normalized_shape, scale, eps=self.eps, dtype=self.dtype)
 
 
 class GroupNorm(Affine):

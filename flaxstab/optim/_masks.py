@@ -7,20 +7,7 @@ import jax
 import optax
 from flax import nnx
 
-from flaxstab import norms
-
-_NORMS = (
-    norms.BatchNorm,
-    norms.GhostBatchNorm,
-    norms.GroupNorm,
-    norms.InstanceNorm,
-    norms.LayerNorm,
-    nnx.BatchNorm,
-    nnx.GroupNorm,
-    nnx.InstanceNorm,
-    nnx.LayerNorm,
-    nnx.RMSNorm,
-)
+from flaxstab.norms._kinds import NORMS
 
 
 class Role(NamedTuple):
@@ -122,7 +109,7 @@ def _reason(owner: nnx.Module, name: str, variable: nnx.Variable[jax.Array]) -> 
     role = variable.get_metadata().get("role")
     if role is not None:
         return str(role)
-    if isinstance(owner, _NORMS):
+    if isinstance(owner, NORMS):
         return "normalisation"
     return "bias" if name.startswith("bias") or name.endswith("_bias") else "weight"
 

@@ -7,8 +7,9 @@ from typing import TypeAlias
 import numpy as np
 from flax import nnx
 
-from flaxstab import initializers, interop, linear, norms
+from flaxstab import initializers, interop, linear
 from flaxstab._checks import check
+from flaxstab.norms._kinds import NORMS
 from flaxstab.torch_rng._generator import Generator
 
 Tensors: TypeAlias = Mapping[str, np.ndarray]
@@ -89,19 +90,8 @@ OWNERS: frozenset[type[nnx.Module]] = frozenset(
 )
 """Layers whose submodules are parts of them and draw nothing for themselves."""
 
-SILENT: tuple[type[nnx.Module], ...] = (
-    norms.BatchNorm,
-    norms.GhostBatchNorm,
-    norms.GroupNorm,
-    norms.InstanceNorm,
-    norms.LayerNorm,
-    nnx.BatchNorm,
-    nnx.GroupNorm,
-    nnx.InstanceNorm,
-    nnx.LayerNorm,
-    nnx.RMSNorm,
-)
-"""Layers with parameters whose counterparts draw nothing: they stay as they are."""
+SILENT: tuple[type[nnx.Module], ...] = NORMS
+"""Layers with arrays whose counterparts draw nothing: they stay as they are."""
 
 
 def register(module_type: type[nnx.Module], draw: Draw) -> None:

@@ -12,6 +12,7 @@ from flax import nnx
 from flaxstab import dropout, linear, models, norms
 from parity_tests.support.layers import image
 from torch_ref import models as torch_models
+from torch_ref import norms as torch_norms
 
 R = nnx.Rngs(0)
 T = torch.nn
@@ -178,6 +179,12 @@ LAYERS: dict[str, Row] = {
     "instance tracked": _normed(
         lambda: norms.InstanceNorm(4, affine=True, track_running_stats=True),
         lambda: T.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    ),
+    "frozen": _normed(
+        lambda: norms.FrozenBatchNorm(4), lambda: torch_norms.FrozenBatchNorm(4)
+    ),
+    "rms": Row(
+        lambda: norms.RMSNorm((3, 4)), lambda: T.RMSNorm((3, 4)), ((2, 3, 4),)
     ),
     "layer": Row(lambda: norms.LayerNorm((3, 4)), lambda: T.LayerNorm((3, 4)), ((2, 3, 4),)),
     "layer no bias": Row(

@@ -110,6 +110,13 @@ def _group_norm(layer: "torch.nn.Module", x: "torch.Tensor") -> "torch.Tensor":
     return plain.group_norm(x, 2, layer.weight, layer.bias)
 
 
+def _rms_norm(layer: "torch.nn.Module", x: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    eps = torch.finfo(x.dtype).eps
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * layer.weight
+
+
 def _linear(layer: "torch.nn.Module", x: "torch.Tensor") -> "torch.Tensor":
     return x @ layer.weight.T + layer.bias
 
@@ -284,6 +291,11 @@ def _norms() -> dict[str, Callable[[], Sides]]:
         # Activations stand as far from 0 behind a ReLU without a norm.
         "layer norm, mean 100": layer_norm(
             normal(8, 32, offset=100.0, scale=1.0), dtypes=(np.float32,)
+        ),
+        # Squares below 1, or eps would not show.
+        "rms norm": _layer(
+            lambda: norms.RMSNorm(8), _torch_nn("RMSNorm", 8), _rms_norm,
+            normal(4, 5, 8, offset=0.3, scale=0.2),
         ),
         "group norm": _layer(
             lambda: norms.GroupNorm(2, 6), _torch_nn("GroupNorm", 2, 6), _group_norm,

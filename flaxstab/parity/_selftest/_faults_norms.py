@@ -1,13 +1,15 @@
 """Faults of normalisation: statistics, eps, the affine step, and what is remembered."""
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from flaxstab import functional
-from flaxstab._typing import Array, Shape
-from flaxstab.functional import Moments, RunningStats, _norms
+from flaxstab._typing import Array
+from flaxstab.functional import Moments, RunningStats, _norms, _standardize
+from flaxstab.functional._moments import Sets
 from flaxstab.norms import _base
 from flaxstab.parity._selftest._plant import (
     Fault,
@@ -23,6 +25,7 @@ from flaxstab.parity._selftest._plant import (
 if TYPE_CHECKING:
     import torch
 
+_FLOAT32 = float(jnp.finfo(jnp.float32).eps)
 _EPS = 1.1  # of an eps of 1e-5: nearer than any default of another library (1e-6, 1e-3)
 
 
@@ -59,16 +62,29 @@ def _torch_biased(original: Function) -> Function:
 
 
 def _unbiased(found: Moments) -> Moments:
-    return found._replace(var=found.var * (found.size / max(found.size - 1, 1)))
+    return found._replace(var=found.var * (found.size / (found.size - 1)))
 
 
 def _eps_outside(
-    x: Array, statistics: Moments, scale: Array, bias: Array, *, eps: float, dtype: object
+    x: Array, statistics: Moments, scale: Array, bias: Array, *, eps: float, dtype: object = None
 ) -> Array:
     del dtype
     shape = (1,) * (x.ndim - 1) + (-1,)
     y = statistics.center(x) / (jnp.sqrt(statistics.var) + eps)
     return y * scale.reshape(shape) + bias.reshape(shape)
+
+
+def _constant_statistics(
+    sets: Sets, eps: float, primals: _standardize.Affine, tangents: _standardize.Affine
+) -> Array:
+    """The tangent of the affine step alone."""
+    x, found, _, scale, bias = primals
+    dx, _, _, dscale, dbias = tangents
+    found = _standardize._moments(sets, x, found)
+    return jax.jvp(
+        lambda *parts: functional.normalize(parts[0], found, *parts[1:], eps=eps),
+        (x, scale, bias), (dx, dscale, dbias),
+    )[1]  # fmt: skip
 
 
 def _torch_training(formula: Function) -> Plant:
@@ -187,7 +203,7 @@ _BATCH = [
     Fault(
         "unbiased variance in the output", "a batch is divided by its biased deviation",
         "batch norm", "output",
-        lambda: argument(_norms, "normalize", statistics=_unbiased),
+        lambda: argument(_standardize, "normalize", statistics=_unbiased),
         _torch_training(lambda m, v, n, eps: (m, (v * n / (n - 1) + eps).sqrt())),
     ),
     Fault(
@@ -197,7 +213,7 @@ _BATCH = [
     ),
     Fault(
         "eps outside the root", "eps is added to the variance", "batch norm", "output",
-        lambda: replaced(_norms, "normalize", lambda _: _eps_outside),
+        lambda: replaced(_standardize, "normalize", lambda _: _eps_outside),
         _torch_training(lambda m, v, _, eps: (m, v.sqrt() + eps)),
     ),
     Fault(
@@ -234,17 +250,20 @@ _BATCH = [
     Fault(
         "statistics as constants", "gradients flow through the batch's statistics", "batch norm",
         "grad input",
-        lambda: argument(_norms, "normalize", statistics=jax.lax.stop_gradient),
+        lambda: replaced(_standardize, "_by_channel", lambda _: _constant_statistics),
         _torch_training(lambda m, v, _, eps: (m.detach(), (v.detach() + eps).sqrt())),
     ),
 ]  # fmt: skip
 
 
-def _one_pass(x: Array, axes: Shape, **options: object) -> Moments:
-    del options
-    mean = jnp.mean(x, axes, keepdims=True)
-    var = jnp.mean(x * x, axes, keepdims=True) - mean * mean
-    return Moments(mean, jnp.zeros_like(mean), var, 1)
+def _over(*axes: int) -> Function:
+    return lambda sets: dataclasses.replace(sets, axes=axes)
+
+
+def _one_pass(x: Array, sets: Sets) -> Moments:
+    mean = jnp.mean(x, sets.axes, keepdims=True)
+    var = jnp.mean(x * x, sets.axes, keepdims=True) - mean * mean
+    return Moments(mean, jnp.zeros_like(mean), var, x.size // mean.size)
 
 
 def _torch_one_pass(
@@ -275,9 +294,9 @@ def _torch_over_batch(
 def _interleaved(original: Function) -> Function:
     """Groups channels 0, 2, 4 and 1, 3, 5 instead of neighbours."""
 
-    def faulty(x: Array, groups: int) -> Moments:
-        order = jnp.arange(x.shape[-1]).reshape(-1, groups).T.ravel()
-        found = original(x[..., order], groups)
+    def faulty(x: Array, sets: Sets) -> Moments:
+        order = jnp.arange(x.shape[-1]).reshape(-1, sets.groups).T.ravel()
+        found = original(x[..., order], sets)
         back = jnp.argsort(order)
         shift, residual, var = (part[..., back] for part in found[:3])
         return Moments(shift, residual, var, found.size)
@@ -298,6 +317,11 @@ def _torch_interleaved(original: Function) -> Function:
     return faulty
 
 
+def _centred(original: Function) -> Function:
+    """Subtracts the mean first, as layer normalisation does; the last axis is the features' one."""
+    return lambda x, *others, **named: original(x - x.mean(-1, keepdims=True), *others, **named)
+
+
 _SAMPLE = [
     Fault(
         "layer norm eps 1.1e-5", "eps has torch's value", "layer norm", "output",
@@ -312,13 +336,29 @@ _SAMPLE = [
     Fault(
         "layer norm over all but the batch", "the trailing axis alone is normalised",
         "layer norm", "output",
-        lambda: argument(_norms, "moments", axes=lambda _: (1, 2)),
+        lambda: argument(_standardize, "local_moments", sets=_over(1, 2)),
         lambda: replaced(torch_functional(), "layer_norm", lambda _: _torch_all_axes),
     ),
     Fault(
         "one-pass variance", "an offset costs no digits", "layer norm, mean 100", "output",
-        lambda: replaced(_norms, "moments", lambda _: _one_pass),
+        lambda: replaced(_standardize, "local_moments", lambda _: _one_pass),
         lambda: replaced(torch_functional(), "layer_norm", lambda _: _torch_one_pass),
+    ),
+    Fault(
+        "rms norm eps of float32", "eps=None is the machine epsilon of the dtype", "rms norm",
+        "output",
+        lambda: argument(functional, "rms_norm", eps=lambda _: _FLOAT32),
+        _torch_argument("rms_norm", eps=lambda _: _FLOAT32),
+    ),
+    Fault(
+        "rms norm of centred values", "the mean stays in", "rms norm", "output",
+        lambda: replaced(functional, "rms_norm", _centred),
+        lambda: replaced(torch_functional(), "rms_norm", _centred),
+    ),
+    Fault(
+        "rms norm without scale", "the scale is multiplied", "rms norm", "output",
+        lambda: argument(functional, "rms_norm", scale=lambda _: None),
+        _torch_argument("rms_norm", weight=lambda _: None),
     ),
     Fault(
         "group norm eps 1.1e-5", "eps has torch's value", "group norm", "output",
@@ -327,13 +367,13 @@ _SAMPLE = [
     ),
     Fault(
         "groups interleaved", "a group is neighbouring channels", "group norm", "output",
-        lambda: replaced(_norms, "group_moments", _interleaved),
+        lambda: replaced(_standardize, "local_moments", _interleaved),
         lambda: replaced(torch_functional(), "group_norm", _torch_interleaved),
     ),
     Fault(
         "instance norm over the batch", "every sample is normalised alone", "instance norm",
         "output",
-        lambda: argument(_norms, "moments", axes=lambda _: (0, 1, 2)),
+        lambda: argument(_standardize, "local_moments", sets=_over(0, 1, 2)),
         lambda: replaced(torch_functional(), "instance_norm", lambda _: _torch_over_batch),
     ),
     Fault(

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from flaxstab import functional
-from flaxstab._typing import Array, Shape
-from flaxstab.functional import Moments, _norms
+from flaxstab._typing import Array
+from flaxstab.functional import Moments, _standardize
+from flaxstab.functional._moments import Sets
 from flaxstab.parity._selftest._plant import (
     Fault,
     Function,
@@ -65,10 +66,15 @@ def _torch_tf32(x: "torch.Tensor") -> "torch.Tensor":
     return x + (rounded - x.detach())
 
 
-def _low_moments(x: Array, axes: Shape) -> Moments:
+def bfloat16_of(x: Array) -> Array:
+    """Returns what was widened from bfloat16 as it was; float64 stays."""
+    return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+
+
+def _low_moments(x: Array, sets: Sets) -> Moments:
     """Adds up one element after the other in the input's own dtype."""
-    del axes
-    features = x.shape[-1]
+    del sets
+    x, wide, features = bfloat16_of(x), x.dtype, x.shape[-1]
 
     def average(values: Array) -> Array:
         start = jnp.zeros(values.shape[:-1], values.dtype)
@@ -76,7 +82,6 @@ def _low_moments(x: Array, axes: Shape) -> Moments:
         return total[:, None] / features
 
     mean = average(x)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
     var = average((x - mean) * (x - mean)).astype(wide)
     return Moments(mean.astype(wide), jnp.zeros_like(var), var, features)
 
@@ -125,7 +130,7 @@ PRECISION = (
     ),
     Fault(
         "sums in bfloat16", "statistics run in float32", "layer norm, bfloat16", "output",
-        lambda: replaced(_norms, "moments", lambda _: _low_moments),
+        lambda: replaced(_standardize, "local_moments", lambda _: _low_moments),
         lambda: replaced(torch_functional(), "layer_norm", lambda _: _torch_low_sums),
     ),
     Fault(

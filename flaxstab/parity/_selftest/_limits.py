@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from flaxstab import functional
-from flaxstab._typing import Array, Shape
-from flaxstab.functional import Moments, RunningStats, _norms
+from flaxstab._typing import Array
+from flaxstab.functional import Moments, RunningStats, _standardize
+from flaxstab.functional._moments import Sets
+from flaxstab.parity._selftest._faults_precision import bfloat16_of
 from flaxstab.parity._selftest._plant import (
     Fault,
     Function,
@@ -80,9 +82,9 @@ def _torch_statistics_low() -> Planted:
 
 
 def _rounded_moments(original: Function) -> Function:
-    def faulty(x: Array, axes: Shape) -> Moments:
-        found = original(x, axes)
-        low = lambda a: a.astype(x.dtype).astype(a.dtype)  # noqa: E731
+    def faulty(x: Array, sets: Sets) -> Moments:
+        found = original(x, sets)
+        low = lambda a: bfloat16_of(a).astype(a.dtype)  # noqa: E731
         return Moments(low(found.mean), jnp.zeros_like(found.mean), low(found.var), found.size)
 
     return faulty
@@ -125,7 +127,7 @@ LIMITS = (
     Fault(
         "moments rounded to bfloat16", "statistics are never cast down", "layer norm, bfloat16",
         "output",
-        lambda: replaced(_norms, "moments", _rounded_moments),
+        lambda: replaced(_standardize, "local_moments", _rounded_moments),
         lambda: replaced(torch_functional(), "layer_norm", lambda _: _torch_rounded_moments),
         _BELOW,
     ),

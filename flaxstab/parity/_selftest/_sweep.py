@@ -81,6 +81,17 @@ def sound_pairs() -> dict[str, Callable[[], Sides]]:
         ours, theirs = norms.GhostBatchNorm(4, 4), GhostBatchNorm(4, 4)
         return Sides(ours, theirs, (normal(8, 3, 3, 4),), None, "image")
 
+    def frozen() -> Sides:
+        import torch
+
+        from torch_ref.norms import FrozenBatchNorm
+
+        class Kept(FrozenBatchNorm):  # in the input's dtype
+            def forward(self, x: "torch.Tensor") -> "torch.Tensor":
+                return super().forward(x).to(x.dtype)
+
+        return Sides(norms.FrozenBatchNorm(4), Kept(4), (normal(8, 3, 3, 4),), None, "image")
+
     def network(norm: str, act: Literal["relu", "gelu"]) -> Callable[[], Sides]:
         def build() -> Sides:
             from torch_ref.models import StableCNN
@@ -96,6 +107,7 @@ def sound_pairs() -> dict[str, Callable[[], Sides]]:
     return {
         **{name: build for name, build in layers().items() if name != "embedding"},
         "ghost batch norm": ghost,
+        "frozen batch norm": frozen,
         "network of BN and ReLU": network("batch", "relu"),
         "network of GN and GELU": network("group", "gelu"),
         "network of LN and GELU": network("layer", "gelu"),

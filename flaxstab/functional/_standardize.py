@@ -1,0 +1,244 @@
+"""The affine step of all norms and its derivative, for which only the input is kept."""
+
+from functools import partial
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from flaxstab._dtypes import aligned, output_dtype, widest
+from flaxstab._typing import Array, DTypeLike
+from flaxstab.functional._moments import Moments, Sets, local_moments
+
+Known: TypeAlias = tuple[Array, Moments, Array | None]  # x, its moments, and where they are from
+Affine: TypeAlias = tuple[Array, Moments | None, Array | None, Array | None, Array | None]
+
+_KEPT = "flaxstab.moments"
+
+recomputed = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+"""Makes a function keep only its arguments for the backward pass, which runs it again.
+
+Moments passed through :func:`remembered` are kept as well.
+"""
+
+
+def remembered(found: Moments) -> Moments:
+    """Marks moments that are small, or were exchanged between devices, as not to compute twice."""
+    shift, residual, var = (checkpoint_name(part, _KEPT) for part in found[:3])
+    return Moments(shift, residual, var, found.size)
+
+
+def normalize(
+    x: Array,
+    statistics: Moments,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    eps: float,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Applies ``(x - mean) / sqrt(var + eps) * scale + bias``: the one affine step of all norms.
+
+    Args:
+      x: values, any shape.
+      statistics: moments that broadcast to ``x``.
+      scale: factor that broadcasts to ``x``, or ``None`` for 1.
+      bias: summand that broadcasts to ``x``, or ``None`` for 0.
+      eps: added to the variance.
+      dtype: the result's dtype; ``None`` keeps that of ``x``.
+
+    Returns:
+      An array of the shape of ``x``.
+    """
+    wide = statistics.var.dtype
+    factor = 1 / jnp.sqrt(statistics.var + eps)
+    if scale is not None:
+        factor = factor * aligned(scale, x, wide)
+    y = statistics.center(x) * factor
+    if bias is not None:
+        y = y + aligned(bias, x, wide)
+    return jnp.asarray(y, output_dtype(x, dtype))
+
+
+# Compiled, like all regions here, so that a call outside jit is not traced anew each time.
+@partial(jax.jit, static_argnames=("eps", "dtype"), inline=True)
+def normalize_fixed(
+    x: Array,
+    statistics: Moments,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    eps: float,
+    dtype: DTypeLike,
+) -> Array:
+    """Applies :func:`normalize` by moments that do not depend on ``x``, and keeps only ``x``."""
+    return recomputed(partial(normalize, eps=eps, dtype=dtype))(x, statistics, scale, bias)
+
+
+def standardized(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    sets: Sets,
+    *,
+    found: Moments | None = None,
+    eps: float,
+    where: Array | None = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Normalises values by their own moments and keeps nothing but ``x`` for the backward pass.
+
+    The derivative is exact although the moments count as constants: it knows that they are
+    functions of ``x``. Forward mode and higher derivatives work.
+
+    Args:
+      x: values of any floating-point dtype.
+      scale: factor that broadcasts to ``x``, or ``None`` for 1.
+      bias: summand that broadcasts to ``x``, or ``None`` for 0.
+      sets: which values are normalised together.
+      found: their moments, which are kept as well: if they are small, or were exchanged between
+        devices. ``None`` computes them, once more in the backward pass.
+      eps: added to the variance.
+      where: booleans that broadcast to ``x``, true at the values that ``found`` are those of.
+        The others are normalised, too, and no gradient flows through them.
+      dtype: the output's dtype; ``None`` keeps that of ``x``.
+
+    Returns:
+      An array of the shape of ``x``.
+    """
+    known = None if found is None else _traceable(found)
+    result = output_dtype(x, dtype)
+    return _region(x, known, where, scale, bias, sets=sets, eps=eps, dtype=result)
+
+
+@partial(jax.jit, static_argnames=("sets", "eps", "dtype"), inline=True)
+def _region(
+    x: Array,
+    found: Moments | None,
+    where: Array | None,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    sets: Sets,
+    eps: float,
+    dtype: DTypeLike,
+) -> Array:
+    @recomputed
+    def run(
+        x: Array,
+        found: Moments | None,
+        where: Array | None,
+        scale: Array | None,
+        bias: Array | None,
+    ) -> Array:
+        wide = jnp.asarray(x, widest(x.dtype))
+        affine = tuple(None if v is None else aligned(v, x, wide.dtype) for v in (scale, bias))
+        if where is None or found is None:
+            return jnp.asarray(_affine(sets, eps, wide, found, None, *affine), dtype)
+        inside = jnp.where(where, wide, 0)  # what is left out may be NaN
+        y = _affine(sets, eps, inside, found, where, *affine)
+        outside = jax.lax.stop_gradient(normalize(wide, found, *affine, eps=eps))
+        return jnp.asarray(jnp.where(where, y, outside), dtype)
+
+    return run(x, found, where, scale, bias)
+
+
+def _traceable(found: Moments) -> Moments:
+    """Returns the moments with a size that JAX can trace (2³¹ overflows) and that divides."""
+    return found._replace(size=jnp.maximum(jnp.asarray(found.size, found.var.dtype), 1))
+
+
+def _moments(sets: Sets, x: Array, found: Moments | None) -> Moments:
+    return _traceable(local_moments(x, sets) if found is None else found)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _affine(
+    sets: Sets,
+    eps: float,
+    x: Array,
+    found: Moments | None,
+    where: Array | None,
+    scale: Array | None,
+    bias: Array | None,
+) -> Array:
+    del where  # what the derivative needs
+    return normalize(x, _moments(sets, x, found), scale, bias, eps=eps)
+
+
+@_affine.defjvp
+def _(sets: Sets, eps: float, primals: Affine, tangents: Affine) -> tuple[Array, Array]:
+    y = _affine(sets, eps, *primals)
+    tangent = _by_feature if sets.along_features(y.ndim) else _by_channel
+    return y, tangent(sets, eps, primals, tangents)
+
+
+def _by_channel(sets: Sets, eps: float, primals: Affine, tangents: Affine) -> Array:
+    """Collects what is constant along the reduced axes: transposed, it takes but two reductions."""
+    x, found, where, scale, _ = primals
+    dx, _, _, dscale, dbias = tangents
+    known = (x, _moments(sets, x, found), where)
+    h, factor, size = _standard(sets, eps, *known), _rate(sets, eps, *known), known[1].size
+    if scale is not None:
+        factor = factor * scale
+    mean, slope = sets.sums(dx, h * dx, where=where)
+    constant, slope = -factor * (mean / size), -factor * (slope / size)
+    if dscale is not None:
+        slope = slope + dscale
+    if dbias is not None:
+        constant = constant + dbias
+    return factor * dx + constant + h * slope
+
+
+def _by_feature(sets: Sets, eps: float, primals: Affine, tangents: Affine) -> Array:
+    """Keeps the reductions over a sample's features apart from those over the samples."""
+    x, found, where, scale, _ = primals
+    dx, _, _, dscale, dbias = tangents
+    known = _moments(sets, x, found)
+    _, dy = jax.jvp(lambda x: _standard(sets, eps, x, known, where), (x,), (dx,))
+    if scale is not None and dscale is not None:
+        # Computed afresh from x: as soon as two reductions along different axes share it, XLA
+        # writes it out and much of what it is made of (CPU: 2 N of temporaries, 2.5x the time).
+        again = jax.lax.optimization_barrier(x)
+        h = _standard(sets, eps, again, _moments(sets, again, found), where)
+        dy = dy * scale + h * dscale
+    return dy if dbias is None else dy + dbias
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _standard(sets: Sets, eps: float, x: Array, found: Moments, where: Array | None) -> Array:
+    """Returns ``(x - mean) / sqrt(var + eps)``; ``found`` counts as a function of ``x``."""
+    return found.center(x) * _rate(sets, eps, x, found, where)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _rate(sets: Sets, eps: float, x: Array, found: Moments, where: Array | None) -> Array:
+    """Returns ``1 / sqrt(var + eps)``."""
+    del sets, x, where
+    return 1 / jnp.sqrt(found.var + eps)
+
+
+@_standard.defjvp
+def _(sets: Sets, eps: float, primals: Known, tangents: Known) -> tuple[Array, Array]:
+    _, found, where = primals
+    dx, h, rate = tangents[0], _standard(sets, eps, *primals), _rate(sets, eps, *primals)
+    if not sets.centered:
+        (slope,) = sets.sums(h * dx, where=where)
+        return h, rate * (dx - h * (slope / found.size))
+    mean, slope = sets.sums(dx, h * dx, where=where)
+    return h, rate * (dx - mean / found.size - h * (slope / found.size))
+
+
+@_rate.defjvp
+def _(sets: Sets, eps: float, primals: Known, tangents: Known) -> tuple[Array, Array]:
+    _, found, where = primals
+    h, rate = _standard(sets, eps, *primals), _rate(sets, eps, *primals)
+    (slope,) = sets.sums(h * tangents[0], where=where)
+    return rate, -jnp.square(rate) * (slope / found.size)
+
+
+def forget_compiled() -> None:
+    """Makes the next call trace anew, for who replaces a function of this module."""
+    for compiled in (normalize_fixed, _region):
+        compiled.clear_cache()  # type: ignore[attr-defined]  # documented, not annotated
