@@ -1,8 +1,7 @@
-"""Normalisation layers against PyTorch, closed forms and the concatenated batch."""
+"""Normalisation layers through the harness, and what they refuse (all options: the grid)."""
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,23 +9,13 @@ import torch
 from flax import nnx
 
 import torch_ref.norms
-from flaxstab import interop, norms
+from flaxstab import norms
 from flaxstab.parity import Tolerance, compare
 from parity_tests.support.cases import values
-from parity_tests.support.layers import assert_same
+from parity_tests.support.norm_grid import randomised
 
 C = 4
-SPACE = {"1d": (), "1d with space": (7,), "2d": (5, 3), "3d": (3, 2, 2)}
 PLAIN = (np.float32, jnp.bfloat16)
-
-
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """Gives parameters and running statistics values that no default hides."""
-    generator = torch.Generator().manual_seed(0)
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if tensor.is_floating_point():
-            tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-    return module
 
 
 def assert_parity(
@@ -42,33 +31,6 @@ def assert_parity(
         layout=layout, dtypes=dtypes, tolerances=tolerances,
     )  # fmt: skip
     assert report.passed, str(report)
-
-
-BATCH_NORM = {
-    "1d": torch.nn.BatchNorm1d, "1d with space": torch.nn.BatchNorm1d,
-    "2d": torch.nn.BatchNorm2d, "3d": torch.nn.BatchNorm3d,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", BATCH_NORM)
-def test_one_batch_norm_serves_every_rank(kind: str) -> None:
-    assert_parity(norms.BatchNorm(C), BATCH_NORM[kind](C), 5, *SPACE[kind], C)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"momentum": 0.3, "eps": 1e-3},
-        {"momentum": None},
-        {"momentum": 0.0},
-        {"bias": False},
-        {"track_running_stats": False},
-        {"affine": False, "track_running_stats": False},
-    ],
-    ids=str,
-)
-def test_batch_norm_options_are_torchs(options: dict[str, object]) -> None:
-    assert_parity(norms.BatchNorm(C, **options), torch.nn.BatchNorm2d(C, **options), 3, 4, 2, C)
 
 
 def test_batch_norm_of_two_values_is_torchs() -> None:
@@ -90,84 +52,17 @@ def test_ghost_batch_norm_is_document_2s() -> None:
     assert_parity(norms.GhostBatchNorm(C, 32), theirs, 33, C, dtypes=(np.float32,))
 
 
-@pytest.mark.parametrize(
-    ("rows", "options"), [(6, {"affine": False}), (7, {"momentum": None})], ids=str
-)
-def test_ghost_batch_norm_options_are_the_references(options: dict[str, object], rows: int) -> None:
-    theirs = torch_ref.norms.GhostBatchNorm(C, 3, **options)
-    assert_parity(norms.GhostBatchNorm(C, 3, **options), theirs, rows, 3, C)
-
-
-def test_a_ghost_of_the_whole_batch_is_batch_norm() -> None:
-    assert_parity(norms.GhostBatchNorm(C, 8), torch.nn.BatchNorm1d(C), 8, C)
-
-
 def test_a_ghost_of_one_row_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norms.GhostBatchNorm(C, 2)(jnp.ones((5, C)))
-
-
-@pytest.mark.parametrize(
-    ("shape", "options"),
-    [
-        (C, {}),
-        ((C,), {"elementwise_affine": False}),
-        ((3, C), {"bias": False}),
-        ((5, 3, C), {"eps": 1e-3}),
-    ],
-    ids=str,
-)
-def test_layer_norm_is_torchs(shape: tuple[int, ...], options: dict[str, object]) -> None:
-    ours, theirs = norms.LayerNorm(shape, **options), torch.nn.LayerNorm(shape, **options)
-    assert_parity(ours, theirs, 2, 5, 3, C, layout=None)
 
 
 def test_layer_norm_is_as_precise_as_torchs() -> None:
     assert_parity(norms.LayerNorm(64), torch.nn.LayerNorm(64), 16, 64, layout=None, dtypes=PLAIN)
 
 
-@pytest.mark.parametrize("kind", SPACE)
-def test_group_norm_serves_every_rank(kind: str) -> None:
-    assert_parity(norms.GroupNorm(2, C), torch.nn.GroupNorm(2, C), 3, *SPACE[kind], C)
-
-
-@pytest.mark.parametrize(
-    ("groups", "options"), [(1, {"bias": False, "eps": 1e-3}), (C, {"affine": False})], ids=str
-)
-def test_group_norm_options_are_torchs(groups: int, options: dict[str, object]) -> None:
-    ours, theirs = norms.GroupNorm(groups, C, **options), torch.nn.GroupNorm(groups, C, **options)
-    assert_parity(ours, theirs, 3, 5, 3, C)
-
-
 def test_group_norm_is_as_precise_as_torchs() -> None:
     assert_parity(norms.GroupNorm(4, 16), torch.nn.GroupNorm(4, 16), 3, 5, 6, 16, dtypes=PLAIN)
-
-
-INSTANCE_NORM = {
-    "1d with space": torch.nn.InstanceNorm1d,
-    "2d": torch.nn.InstanceNorm2d,
-    "3d": torch.nn.InstanceNorm3d,
-}
-
-
-@pytest.mark.parametrize("kind", INSTANCE_NORM)
-def test_instance_norm_serves_every_rank(kind: str) -> None:
-    assert_parity(norms.InstanceNorm(C), INSTANCE_NORM[kind](C), 3, *SPACE[kind], C)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"affine": True, "bias": False},
-        {"track_running_stats": True, "affine": True, "momentum": 0.3, "eps": 1e-3},
-        {"track_running_stats": True, "momentum": None},
-    ],
-    ids=str,
-)
-def test_instance_norm_options_are_torchs(options: dict[str, object]) -> None:
-    assert_parity(
-        norms.InstanceNorm(C, **options), torch.nn.InstanceNorm2d(C, **options), 3, 5, 3, C
-    )
 
 
 def test_instance_norm_is_as_precise_as_torchs() -> None:
@@ -184,26 +79,6 @@ def test_instance_norm_never_counts() -> None:
 
 
 # Per-layer behaviour that PyTorch has too, checked without the harness.
-
-
-@pytest.mark.parametrize("rows", [0, 4])
-def test_an_empty_batch_counts_and_changes_nothing_else_as_in_torch(rows: int) -> None:
-    theirs = randomised(torch.nn.BatchNorm2d(C).double())
-    with jax.enable_x64(True):
-        ours = norms.BatchNorm(C, param_dtype=jnp.float64)
-        interop.load_state_dict(ours, theirs.state_dict())
-        x = values(rows, 2, 2, C)
-        y = ours(jnp.asarray(x))
-        assert_same(y, theirs(torch.tensor(x).movedim(-1, 1)).movedim(1, -1))
-        assert_same(ours.mean[...], theirs.running_mean)
-        assert_same(ours.var[...], theirs.running_var)
-    assert ours.count[...] == 1
-    assert theirs.num_batches_tracked == 1
-
-
-@pytest.mark.parametrize("layer", [norms.GhostBatchNorm(C, 2), norms.GroupNorm(2, C)], ids=str)
-def test_an_empty_batch_comes_back(layer: nnx.Module) -> None:
-    assert layer(jnp.ones((0, 3, C))).shape == (0, 3, C)
 
 
 @pytest.mark.parametrize(
@@ -265,27 +140,6 @@ def test_layer_norm_takes_a_list_and_keeps_a_tuple() -> None:
 def test_integers_are_refused(layer: nnx.Module) -> None:
     with pytest.raises(ValueError, match="a layer computes in floating point, got dtype='int32'"):
         layer(jnp.ones((2, 3, C), jnp.int32))
-
-
-def test_evaluation_without_statistics_uses_the_batchs() -> None:
-    layer = norms.BatchNorm(C, track_running_stats=False)
-    x = jnp.asarray(values(5, C), jnp.float32)
-    training = layer(x)
-    layer.eval()
-    np.testing.assert_array_equal(layer(x), training)
-
-
-def test_use_running_average_at_the_call_overrides_the_mode() -> None:
-    layer = norms.BatchNorm(C)
-    x = jnp.asarray(values(5, C), jnp.float32)
-    evaluated = layer(x, use_running_average=True)
-    assert layer.count[...] == 0
-    trained = layer(x)
-    layer.eval()
-    layer.mean[...], layer.var[...] = jnp.zeros(C), jnp.ones(C)
-    np.testing.assert_array_equal(layer(x), evaluated)
-    np.testing.assert_array_equal(layer(x, use_running_average=False), trained)
-    assert layer.count[...] == 2
 
 
 @pytest.mark.parametrize("make", [norms.BatchNorm, lambda c: norms.GhostBatchNorm(c, 2)])

@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 from torch.nn import functional as torch_functional
 
-from flaxstab import functional
+from flaxstab import functional, norms
 from flaxstab._typing import Array
 from flaxstab.functional import RunningStats
 from parity_tests.support.cases import values
@@ -53,6 +53,36 @@ def kept(norm: Norm, dtype: str) -> float:
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_keeps_its_input_alone(name: str, dtype: str) -> None:
     assert 1 <= kept(NORMS[name], dtype) <= KEPT
+
+
+LAYERS: dict[str, Callable[[], nnx.Module]] = {
+    "BatchNorm": lambda: norms.BatchNorm(C),
+    "GhostBatchNorm": lambda: norms.GhostBatchNorm(C, 3),
+    "FrozenBatchNorm": lambda: norms.FrozenBatchNorm(C),
+    "LayerNorm": lambda: norms.LayerNorm((16, C)),
+    "RMSNorm": lambda: norms.RMSNorm(C),
+    "GroupNorm": lambda: norms.GroupNorm(4, C),
+    "InstanceNorm": lambda: norms.InstanceNorm(C, affine=True, track_running_stats=True),
+}
+
+
+def test_every_norm_has_a_row() -> None:
+    assert set(LAYERS) == {name for name in vars(norms) if name.endswith("Norm")}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_keeps_its_input_at_most(name: str) -> None:
+    """In bfloat16, the hardest case, with the statistics that it updates. Frozen, it keeps less."""
+    graph, params, rest = nnx.split(LAYERS[name](), nnx.Param, ...)
+
+    def run(x: Array, params: nnx.State, rest: nnx.State) -> object:
+        layer = nnx.merge(graph, params, rest)
+        y = layer(x)
+        return y, jax.lax.stop_gradient(nnx.state(layer, nnx.BatchStat))
+
+    x = jnp.asarray(values(*SHAPE), jnp.bfloat16)
+    found = kept_bytes(run, x, params, rest, parameters=jax.tree.leaves((params, rest)))
+    assert 0 < found <= KEPT * x.nbytes
 
 
 @pytest.mark.parametrize(("dtype", "floor"), [("float32", 2.9), ("bfloat16", 5.8)])

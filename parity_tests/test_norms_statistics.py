@@ -128,7 +128,7 @@ def test_plain_jit_on_a_sharded_batch_uses_the_global_statistics() -> None:
         assert_same(layer.var[...], var)
 
 
-# Numerics. The data's standard deviation is 1, so errors are in units of it.
+# What test_norms_accuracy leaves out. The data's deviation is 1, so errors are in units of it.
 
 MEANS = (0.0, 1e1, 1e2, 1e3, 1e4)
 
@@ -147,12 +147,8 @@ def two_pass(x: jax.Array, axes: tuple[int, ...]) -> object:
 SHAPE = (16, 8, 8, 32)
 # For each norm: the function of (*SHAPE) and the axes of a float64 array (16, 8, 8, 4, 8) it uses.
 NORMS = {
-    "batch": (norms.BatchNorm(32), (0, 1, 2)),
-    "layer": (norms.LayerNorm(32), (3, 4)),
     "layer over space": (norms.LayerNorm((8, 8, 32)), (1, 2, 3, 4)),
-    "group": (norms.GroupNorm(4, 32), (1, 2, 4)),
     "one group": (norms.GroupNorm(1, 32), (1, 2, 3, 4)),
-    "instance": (norms.InstanceNorm(32), (1, 2)),
     "ghost": (norms.GhostBatchNorm(32, 16), (0, 1, 2)),
     "masked batch": (lambda x: norms.BatchNorm(32)(x, mask=np.ones(SHAPE, bool)), (0, 1, 2)),
 }
@@ -183,56 +179,12 @@ def test_the_offset_test_rejects_a_plain_variance(
     assert output_error(lambda x: planted(x, axes), wide_axes, 1e4) > OFFSET_ERROR
 
 
-def test_evaluation_in_bfloat16_keeps_its_statistics_in_float32() -> None:
-    """Mean 1000.3 and variance 1e-4: as bfloat16 the mean would be 1000, 30 deviations off."""
-    mean = np.float32(1000.3)
-    layer = norms.BatchNorm(C)
-    layer.mean[...], layer.var[...] = jnp.full(C, mean), jnp.full(C, 1e-4)
-    layer.eval()
-    x = jnp.full((2, C), 1000.0, jnp.bfloat16)
-    exact = (1000.0 - float(mean)) / np.sqrt(float(np.float32(1e-4)) + EPS)
-    y = layer(x)
-    assert y.dtype == jnp.bfloat16
-    # Half an ulp for the result's own rounding, doubled for the float32 steps before it.
-    assert np.abs(np.asarray(y, np.float64) - exact).max() <= jnp.finfo(y.dtype).eps * abs(exact)
-    assert layer.mean[...].dtype == jnp.float32
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_running_statistics_stay_in_param_dtype(dtype: str) -> None:
     with jax.enable_x64(True):
         layer = norms.BatchNorm(C, param_dtype=dtype)
         layer(jnp.asarray(values(5, C), jnp.bfloat16))
         assert {layer.mean[...].dtype.name, layer.var[...].dtype.name} == {dtype}
-
-
-def _input_gradient(layer: nnx.Module, x: jax.Array, cotangent: jax.Array) -> object:
-    return jax.vjp(lambda x: layer(x, use_running_average=False), x)[1](cotangent)[0]
-
-
-@pytest.mark.parametrize("constant", [0.0, 3.0, 1234.5])
-def test_the_gradient_of_a_constant_channel_is_the_centred_cotangent(constant: object) -> None:
-    """With x - mean = 0 it is (g - mean of g) / sqrt(eps): 316 times the cotangent."""
-    g = values(64, 1, seed=1).astype(np.float32)
-    exact = (g.astype(np.float64) - g.astype(np.float64).mean()) / np.sqrt(EPS)
-    layer = norms.BatchNorm(1, track_running_stats=False)
-    found = _input_gradient(layer, jnp.full((64, 1), constant, jnp.float32), jnp.asarray(g))
-    magnitude = np.abs(g).max() / np.sqrt(EPS)
-    # Eight roundings on the way: sums of 64 terms add log2(64) = 6, division and root one each.
-    bound = 8 * np.finfo(np.float32).eps * magnitude
-    assert np.abs(np.asarray(found, np.float64) - exact).max() <= bound
-
-
-@pytest.mark.parametrize("make", [lambda: norms.BatchNorm(8), lambda: norms.LayerNorm(8)])
-def test_small_deviations_are_divided_by_torchs_eps(make: Callable[..., object]) -> None:
-    """At std 1e-3 eps is 10 times the variance: Flax's 1e-6 would give 2.3 times the output."""
-    x = values(64, 8, offset=3.0, scale=1e-3).astype(np.float32)
-    wide = x.astype(np.float64)
-    axis = 0 if isinstance(make(), norms.BatchNorm) else 1
-    exact = (wide - wide.mean(axis, keepdims=True)) / np.sqrt(wide.var(axis, keepdims=True) + EPS)
-    error = np.abs(np.asarray(make()(jnp.asarray(x)), np.float64) - exact).max()
-    # x - mean is exact to eps * std here, so the error is in eps of the output's own size.
-    assert error <= 8 * np.finfo(np.float32).eps * np.abs(exact).max()
 
 
 def test_what_the_mask_leaves_out_reaches_neither_output_nor_gradient() -> None:

@@ -128,8 +128,9 @@ def _two_passes(
     shift = jax.lax.stop_gradient(sets.sums(x, where=where)[0] / size)
     rest = x - shift
     total, squares = sets.sums(rest, jnp.square(rest), where=where)
-    residual = total / size
-    return shift, residual, jnp.maximum(squares / size - jnp.square(residual), 0), count
+    residual, square = total / size, squares / size
+    var = jnp.maximum(square - jnp.square(residual), 0)
+    return shift, residual, jnp.where(jnp.isinf(square), square, var), count  # inf - inf is NaN
 
 
 def moments(

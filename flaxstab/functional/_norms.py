@@ -151,7 +151,8 @@ def batch_norm_inference(
     wide = widest(x.dtype, running.mean.dtype)
     mean, var = aligned(running.mean, x, wide), aligned(running.var, x, wide)
     fixed = Moments(mean, jnp.zeros((), wide), var, 1)
-    return normalize_fixed(x, fixed, scale, bias, eps=eps, dtype=output_dtype(x, dtype))
+    result = output_dtype(x, dtype)
+    return normalize_fixed(x, fixed, scale, bias, eps=float(eps), dtype=result)
 
 
 def layer_norm(

@@ -109,7 +109,7 @@ def standardized(
     """
     known = None if found is None else _traceable(found)
     result = output_dtype(x, dtype)
-    return _region(x, known, where, scale, bias, sets=sets, eps=eps, dtype=result)
+    return _region(x, known, where, scale, bias, sets=sets, eps=float(eps), dtype=result)
 
 
 @partial(jax.jit, static_argnames=("sets", "eps", "dtype"), inline=True)
