@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,15 +74,18 @@ def seconds(run: Callable[[], object], wait: Callable[[object], object], queued:
 
 
 def timed(peers: Sequence[Peer], rounds: int, queued: int) -> dict[str, Figures]:
-    """Returns each peer's figures with its median times, all peers in turn in every round."""
+    """Returns each peer's figures with its median times, all in a new order in every round."""
     taken: dict[tuple[str, str], list[float]] = {}
+    runs = [(p, "forward", p.forward) for p in peers]
+    runs += [(p, "forward_backward", p.both) for p in peers]
+    shuffle = random.Random(0).shuffle  # or one peer would always find the caches of another
     for number in range(-1, rounds):  # the first one warms up
-        for peer in peers:
-            for what, run in (("forward", peer.forward), ("forward_backward", peer.both)):
-                time.sleep(PAUSE)
-                time_taken = seconds(run, peer.wait, queued)
-                if number >= 0:
-                    taken.setdefault((peer.name, what), []).append(time_taken)
+        shuffle(runs)
+        for peer, what, run in runs:
+            time.sleep(PAUSE)
+            time_taken = seconds(run, peer.wait, queued)
+            if number >= 0:
+                taken.setdefault((peer.name, what), []).append(time_taken)
     result = {}
     for peer in peers:
         figures = dict(peer.figures)

@@ -129,8 +129,8 @@ def _two_passes(
     rest = x - shift
     total, squares = sets.sums(rest, jnp.square(rest), where=where)
     residual, square = total / size, squares / size
-    var = jnp.maximum(square - jnp.square(residual), 0)
-    return shift, residual, jnp.where(jnp.isinf(square), square, var), count  # inf - inf is NaN
+    var = jnp.maximum(square - jnp.minimum(jnp.square(residual), jnp.finfo(x.dtype).max), 0)
+    return shift, residual, var, count
 
 
 def moments(

@@ -179,63 +179,64 @@ def _by_channel(sets: Sets, eps: float, primals: Affine, tangents: Affine) -> Ar
     x, found, where, scale, _ = primals
     dx, _, _, dscale, dbias = tangents
     known = (x, _moments(sets, x, found), where)
-    h, factor, size = _standard(sets, eps, *known), _rate(sets, eps, *known), known[1].size
-    if scale is not None:
-        factor = factor * scale
-    mean, slope = sets.sums(dx, h * dx, where=where)
-    constant, slope = -factor * (mean / size), -factor * (slope / size)
-    if dscale is not None:
-        slope = slope + dscale
+    centred, rate, size = _centred(sets, *known), _rate(sets, eps, *known), known[1].size
+    factor = rate if scale is None else rate * scale
+    mean, slope = sets.sums(dx, centred * dx, where=where)
+    constant, slope = -factor * (mean / size), -factor * (jnp.square(rate) * slope / size)
     if dbias is not None:
         constant = constant + dbias
-    return factor * dx + constant + h * slope
+    if dscale is not None:
+        slope = slope + rate * dscale
+    return factor * dx + constant + centred * slope
 
 
 def _by_feature(sets: Sets, eps: float, primals: Affine, tangents: Affine) -> Array:
     """Keeps the reductions over a sample's features apart from those over the samples."""
     x, found, where, scale, _ = primals
     dx, _, _, dscale, dbias = tangents
-    known = _moments(sets, x, found)
-    _, dy = jax.jvp(lambda x: _standard(sets, eps, x, known, where), (x,), (dx,))
+    known = (x, _moments(sets, x, found), where)
+    centred, rate, size = _centred(sets, *known), _rate(sets, eps, *known), known[1].size
+    mean, slope = sets.sums(dx, centred * dx, where=where)
+    dy = rate * dx - centred * (rate * (jnp.square(rate) * slope / size))
+    if sets.centered:
+        dy = dy - rate * (mean / size)
     if scale is not None and dscale is not None:
         # Computed afresh from x: as soon as two reductions along different axes share it, XLA
         # writes it out and much of what it is made of (CPU: 2 N of temporaries, 2.5x the time).
         again = jax.lax.optimization_barrier(x)
-        h = _standard(sets, eps, again, _moments(sets, again, found), where)
-        dy = dy * scale + h * dscale
+        known = (again, _moments(sets, again, found), where)
+        dy = dy * scale + _centred(sets, *known) * _rate(sets, eps, *known) * dscale
     return dy if dbias is None else dy + dbias
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _standard(sets: Sets, eps: float, x: Array, found: Moments, where: Array | None) -> Array:
-    """Returns ``(x - mean) / sqrt(var + eps)``; ``found`` counts as a function of ``x``."""
-    return found.center(x) * _rate(sets, eps, x, found, where)
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _centred(sets: Sets, x: Array, found: Moments, where: Array | None) -> Array:
+    """Returns ``x - mean``; its derivative takes ``found`` for a function of ``x``."""
+    del sets, where
+    return found.center(x)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _rate(sets: Sets, eps: float, x: Array, found: Moments, where: Array | None) -> Array:
-    """Returns ``1 / sqrt(var + eps)``."""
+    """Returns ``1 / sqrt(var + eps)``; its derivative takes ``found`` for a function of ``x``."""
     del sets, x, where
     return 1 / jnp.sqrt(found.var + eps)
 
 
-@_standard.defjvp
-def _(sets: Sets, eps: float, primals: Known, tangents: Known) -> tuple[Array, Array]:
-    _, found, where = primals
-    dx, h, rate = tangents[0], _standard(sets, eps, *primals), _rate(sets, eps, *primals)
-    if not sets.centered:
-        (slope,) = sets.sums(h * dx, where=where)
-        return h, rate * (dx - h * (slope / found.size))
-    mean, slope = sets.sums(dx, h * dx, where=where)
-    return h, rate * (dx - mean / found.size - h * (slope / found.size))
+@_centred.defjvp
+def _(sets: Sets, primals: Known, tangents: Known) -> tuple[Array, Array]:
+    (_, found, where), dx = primals, tangents[0]
+    if sets.centered:
+        dx = dx - sets.sums(dx, where=where)[0] / found.size
+    return _centred(sets, *primals), dx
 
 
 @_rate.defjvp
 def _(sets: Sets, eps: float, primals: Known, tangents: Known) -> tuple[Array, Array]:
     _, found, where = primals
-    h, rate = _standard(sets, eps, *primals), _rate(sets, eps, *primals)
-    (slope,) = sets.sums(h * tangents[0], where=where)
-    return rate, -jnp.square(rate) * (slope / found.size)
+    rate = _rate(sets, eps, *primals)
+    (slope,) = sets.sums(_centred(sets, *primals) * tangents[0], where=where)
+    return rate, -rate * (jnp.square(rate) * slope / found.size)
 
 
 def forget_compiled() -> None:
