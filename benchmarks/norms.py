@@ -40,6 +40,11 @@ QUICK = (["8x64"], ["2x4x4x64"])
 BEYOND_CACHE = 100_000_000  # bytes, twice the second-level cache of an H100 or H200
 COPIED = 2**28  # float32 values
 QUEUED = 20  # calls behind each other in one timing on a GPU
+LEGEND = (
+    "kept (for the backward pass), temp (compiled temporaries) and bytes (accessed) are in units of "
+    "the input's bytes;\nfwd and fwd+bwd are times over flaxstab's: above 1 the peer takes longer; "
+    "of copy is the share of a copy's bandwidth (GPU)."
+)
 PAUSE = 0.005  # seconds; PyTorch's idle threads hold their cores for about one millisecond
 
 
@@ -153,7 +158,9 @@ def versions() -> dict[str, str | None]:
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__ or ''}\n{LEGEND}", formatter_class=argparse.RawTextHelpFormatter
+    )
     sizes = SIZES["gpu" if jax.default_backend() == "gpu" else "cpu"]
     parser.add_argument("--norms", nargs="+", choices=FLOORS, default=list(FLOORS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
@@ -194,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "copy_bytes_per_second": bandwidth,
     }
     print(*(f"{name}: {value}" for name, value in about.items()), *left_out, sep="\n")
+    print(LEGEND, "--quick: the times are noise." if chosen.quick else "", sep="\n")
     print(LINE.format(*TITLES))
     table: list[dict[str, object]] = []
     for case in cases(chosen):

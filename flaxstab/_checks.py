@@ -5,7 +5,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from flaxstab._typing import Shape, Sizes
+from flaxstab._typing import Array, Shape, Sizes
 
 
 def check(condition: bool, rule: str, *, fix: str = "", **given: object) -> None:
@@ -43,6 +43,25 @@ def check_positive(**sizes: int) -> None:
             _fail(f"{name} must be an integer of at least 1", "", {name: value})
 
 
+def number(eps: float | Array) -> float:
+    """Returns ``eps`` as a Python number, on which programs may be specialised.
+
+    Raises:
+      ValueError: if it is traced.
+    """
+    try:
+        return float(eps)
+    except TypeError as traced:
+        rule = f"eps must be a number, got {type(eps).__name__}"
+        raise ValueError(f"{rule}. Pass a Python number; it cannot be traced.") from traced
+
+
+def check_eps(eps: float | None) -> None:
+    """Raises a ``ValueError`` unless ``eps`` is a number of at least 0."""
+    if not isinstance(eps, int | float | np.number) or not eps >= 0:
+        _fail("eps must be a number of at least 0", "", {"eps": eps})
+
+
 def check_probability(**probabilities: float) -> None:
     """Raises a ``ValueError`` unless every named probability lies in [0, 1]."""
     for name, value in probabilities.items():
@@ -61,6 +80,29 @@ def check_last_axis(name: str, size: int, shape: Shape) -> None:
     if not shape or shape[-1] != size:
         fix = "Arrays are features-last here: (N, ..., C)."
         _fail(f"the input's last axis must have {name} elements", fix, {name: size, "shape": shape})
+
+
+def check_mask(mask: Array, shape: Shape) -> None:
+    """Raises a ``ValueError`` unless a mask is boolean and has the axes of an input.
+
+    Args:
+      mask: what must have as many axes as the input, each of the input's size or 1.
+      shape: the input's shape.
+    """
+    given = np.shape(mask)
+    fits = len(given) == len(shape)
+    if not fits or any(m not in (1, n) for m, n in zip(given, shape, strict=True)):
+        rule = "mask must have as many axes as the input, each of its size or 1"
+        _fail(rule, "A mask of (N, *space) becomes mask[..., None].", {"mask": given, "x": shape})
+    if mask.dtype != np.bool_:
+        _fail("mask must be boolean", "Pass mask.astype(bool).", {"dtype": str(mask.dtype)})
+
+
+def check_axis_name(axis_name: object) -> None:
+    """Raises a ``ValueError`` unless given a name, a tuple of names or ``None``."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not (names and all(isinstance(name, str) for name in names)):
+        _fail("axis_name must be a name, a tuple of names or None", "", {"axis_name": axis_name})
 
 
 def per_axis(name: str, value: Sizes, rank: int, *, minimum: int = 0) -> Shape:

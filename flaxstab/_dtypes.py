@@ -1,5 +1,6 @@
 """One precision policy: reductions run in float32 or wider, results keep the input's dtype."""
 
+import jax
 import jax.numpy as jnp
 
 from flaxstab._typing import Array, DTypeLike
@@ -14,7 +15,7 @@ def widest(*dtypes: DTypeLike) -> DTypeLike:
       (dtype('float32'), dtype('float32'))
     """
     # One at a time: under strict promotion jnp.result_type refuses float32 with bfloat16.
-    kinds = [jnp.result_type(dtype) for dtype in (jnp.float32, *dtypes)]
+    kinds = [jax.dtypes.canonicalize_dtype(dtype) for dtype in (jnp.float32, *dtypes)]
     floats = [kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
     return max(floats, key=lambda kind: kind.itemsize)
 
@@ -36,7 +37,7 @@ def output_dtype(x: Array, dtype: DTypeLike | None) -> DTypeLike:
     Raises:
       ValueError: if neither is a floating-point dtype.
     """
-    result = jnp.result_type(x.dtype if dtype is None else dtype)
+    result = jax.dtypes.canonicalize_dtype(x.dtype if dtype is None else dtype)
     if not jnp.issubdtype(result, jnp.floating):
         raise ValueError(
             f"a layer computes in floating point, got dtype={str(result)!r}. "

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 
 import torch_ref.norms
-from flaxstab import norms
+from flaxstab import functional, norms
 from flaxstab.parity import Tolerance, compare
 from parity_tests.support.cases import values
 from parity_tests.support.norm_grid import randomised
@@ -89,7 +89,7 @@ def test_instance_norm_never_counts() -> None:
         (norms.GroupNorm(C, C), (1, C), "more than 1 value per group"),
         (norms.InstanceNorm(C), (3, 1, C), "more than 1 spatial element"),
         (norms.InstanceNorm(C), (3, C), "instance normalisation needs batch and spatial axes"),
-        (norms.BatchNorm(C), (C,), "batch normalisation needs a batch axis"),
+        (norms.BatchNorm(C), (C,), r"needs a batch axis.*Give a single sample one: x\[None\]"),
         (norms.GhostBatchNorm(C, 2), (C,), "batch normalisation needs a batch axis"),
         (norms.GroupNorm(2, C), (C,), "group normalisation needs a batch axis"),
         (norms.BatchNorm(C), (2, C + 1), "last axis must have num_features elements, got"),
@@ -107,6 +107,29 @@ def test_inputs_that_do_not_fit_are_refused(
         layer(jnp.ones(shape))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones((2, 3), bool), r"must have as many axes as the input.*mask\[\.\.\., None\]"),
+        (np.ones(C, bool), "must have as many axes as the input"),
+        (np.ones((2, 4, 1), bool), "each of its size or 1, got mask="),
+        (np.ones((2, 3, 1)), r"mask must be boolean.*Pass mask\.astype\(bool\)"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(mask: np.ndarray, message: str, training: bool) -> None:
+    layer = norms.BatchNorm(C)
+    with pytest.raises(ValueError, match=message):
+        layer(jnp.ones((2, 3, C)), mask=mask, use_running_average=not training)
+    with pytest.raises(ValueError, match=message):
+        functional.batch_norm(jnp.ones((2, 3, C)), mask=mask)
+
+
+def test_an_axis_that_nothing_maps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got axis_name='data' outside of it\. Call the layer in"):
+        norms.BatchNorm(C, axis_name="data")(jnp.ones((2, C)))
+
+
 def test_one_value_per_channel_is_fine_in_evaluation() -> None:
     assert norms.BatchNorm(C)(jnp.ones((1, C)), use_running_average=True).shape == (1, C)
 
@@ -115,7 +138,11 @@ def test_one_value_per_channel_is_fine_in_evaluation() -> None:
     ("build", "message"),
     [
         (lambda: norms.BatchNorm(0), "num_features must be an integer of at least 1"),
-        (lambda: norms.BatchNorm(C, eps=-1.0), "eps must be at least 0, got eps=-1.0"),
+        (lambda: norms.BatchNorm(C, eps=-1.0), "eps must be a number of at least 0, got eps=-1.0"),
+        (lambda: norms.LayerNorm(C, eps=None), "eps must be a number of at least 0, got eps=None"),
+        (lambda: norms.FrozenBatchNorm(C, eps="1"), "eps must be a number of at least 0"),
+        (lambda: norms.RMSNorm(C, eps=-1.0), "eps must be a number of at least 0"),
+        (lambda: norms.BatchNorm(C, axis_name=3), "axis_name must be a name, a tuple of names or"),
         (lambda: norms.BatchNorm(C, momentum=1.1), r"momentum must lie in \[0, 1\] or be None"),
         (lambda: norms.InstanceNorm(C, momentum=-0.1), r"Flax's 0.99 is PyTorch's 0.01\."),
         (lambda: norms.GhostBatchNorm(C, 0), "virtual_batch_size must be an integer of at least 1"),

@@ -161,6 +161,64 @@ def test_fused_forms_pass_statistics_on() -> None:
         assert int(other.batches) == 1
 
 
+def in_float64(tree: object) -> object:
+    widened = lambda a: a.astype(float) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+    return jax.tree.map(widened, tree)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_fused_forms_of_a_layer_compute_the_same_and_move_its_statistics(
+    name: str, training: bool
+) -> None:
+    layer = LAYERS[name]()
+    layer.set_attributes(use_running_average=not training, raise_if_not_found=False)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def run(fused: bool, x: Array, residual: Array) -> object:
+        def loss(params: object, rest: object, x: Array, residual: Array) -> tuple[Array, object]:
+            layer = nnx.merge(graph, params, jax.tree.map(jnp.asarray, rest))
+            if fused:
+                y = norms.norm_act(layer, jnp.tanh, x)
+                y = norms.norm_add_act(layer, jnp.tanh, y, residual)
+            else:
+                y = jnp.tanh(layer(jnp.tanh(layer(x))) + residual)
+            return jnp.sum(y**3), nnx.state(layer, nnx.BatchStat)
+
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 2, 3), has_aux=True))
+        return jax.tree.leaves(gradient(*map(in_float64, (params, rest)), x, residual))
+
+    with jax.enable_x64(True):
+        x, residual = (jnp.asarray(values(*SHAPE[1:], seed=s))[None] for s in (1, 2))
+        for ours, theirs in zip(run(True, x, residual), run(False, x, residual), strict=True):
+            assert_same(ours, theirs, size=float(x.size))
+
+
+def test_the_fused_form_of_a_layer_keeps_its_input_alone() -> None:
+    graph, params, rest = nnx.split(norms.BatchNorm(C), nnx.Param, ...)
+
+    def run(x: Array, params: nnx.State, rest: nnx.State) -> Array:
+        return norms.norm_act(nnx.merge(graph, params, rest), functional.gelu, x)
+
+    x = jnp.asarray(values(*SHAPE), jnp.bfloat16)
+    found = kept_bytes(run, x, params, rest, parameters=jax.tree.leaves((params, rest)))
+    assert found <= KEPT * x.nbytes
+
+
+def test_a_fused_form_changes_the_layer_that_it_is_given() -> None:
+    layer, x = norms.BatchNorm(3), jnp.asarray(values(4, 3), jnp.float32)
+    norms.norm_act(layer, jax.nn.relu, x)
+    plain = norms.BatchNorm(3)
+    plain(x)
+    np.testing.assert_array_equal(layer.var[...], plain.var[...])
+    assert int(layer.count[...]) == 1
+
+
+def test_a_residual_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="residual must have the shape of x"):
+        norms.norm_add_act(norms.BatchNorm(3), jax.nn.relu, jnp.ones((4, 3)), jnp.ones((1, 3)))
+
+
 TorchNorm = Callable[..., torch.Tensor]
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+from flaxstab._checks import check
 from flaxstab._typing import Array
-from flaxstab.functional._norms import RunningStats
-from flaxstab.functional._standardize import recomputed
+from flaxstab.functional._recompute import recomputed
 
-Normalized = TypeVar("Normalized", bound=Array | tuple[Array, RunningStats | None])
+Normalized = TypeVar("Normalized", bound=Array | tuple[Array, object])
 
 
 def norm_act(
@@ -20,7 +20,8 @@ def norm_act(
 
     Args:
       norm: a normalisation of this package as a function of ``x`` alone, such as
-        ``lambda x: layer_norm(x, (64,), scale, bias)``. What it closes over is kept.
+        ``lambda x: layer_norm(x, (64,), scale, bias)``. What it closes over is kept. For a layer,
+        which changes its statistics, use :func:`flaxstab.norms.norm_act`.
       act: the activation, elementwise.
       x: values, any shape that ``norm`` takes.
 
@@ -52,7 +53,16 @@ def norm_add_act(
 
     Returns:
       As :func:`norm_act`.
+
+    Raises:
+      ValueError: if ``residual`` has another shape than ``x``.
     """
+    check(
+        residual.shape == x.shape,
+        "residual must have the shape of x",
+        residual=residual.shape,
+        x=x.shape,
+    )
     add_act = recomputed(lambda x, r: _on_values(lambda y: act(y + r), norm(x)))
     return add_act(x, residual)
 

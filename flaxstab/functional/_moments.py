@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flaxstab._checks import check
 from flaxstab._dtypes import widest
 from flaxstab._typing import Array, AxisName, Shape
+from flaxstab.functional._recompute import recomputed, remembered
 
 
 class Moments(NamedTuple):
@@ -49,17 +50,15 @@ class Sets:
       axes: the axes over which a set extends.
       groups: into how many groups of neighbouring channels the last axis falls as well; ``None``
         keeps channels apart, unless ``axes`` has the last axis.
-      axis_name: mapped axes over which a set extends.
       centered: whether normalisation subtracts the set's mean.
     """
 
     axes: Shape
     groups: int | None = None
-    axis_name: AxisName | None = None
     centered: bool = True
 
     def sums(self, *values: Array, where: Array | None = None) -> tuple[Array, ...]:
-        """Adds up each set of several arrays of one shape, with one exchange between devices.
+        """Adds up each set of several arrays of one shape.
 
         Returns:
           One sum per array, with ``axes`` of size 1 and each group's sum repeated for its channels.
@@ -67,8 +66,6 @@ class Sets:
         found = tuple(jnp.sum(v, self.axes, keepdims=True, where=where) for v in values)
         if self.groups is not None:
             found = tuple(_over_groups(v, self.groups) for v in found)
-        if self.axis_name is not None:
-            found = tuple(jax.lax.psum(jnp.stack(found), self.axis_name))
         return found
 
     def along_features(self, ndim: int) -> bool:
@@ -76,7 +73,7 @@ class Sets:
         return ndim - 1 in self.axes
 
     def size(self, shape: Shape) -> int:
-        """Returns how many values a set has in an array of one device."""
+        """Returns how many values a set has."""
         within = math.prod(shape[axis] for axis in self.axes)
         return within if self.groups is None else within * (shape[-1] // self.groups)
 
@@ -94,13 +91,12 @@ def local_moments(x: Array, sets: Sets, where: Array | None = None) -> Moments:
 
     Args:
       x: values of any floating-point dtype.
-      sets: which of them belong together; its ``axis_name`` is passed over.
-      where: booleans of the shape of ``x``; only values where they are true count.
+      sets: which of them belong together.
+      where: booleans that broadcast to ``x``; only values where they are true count.
 
     Returns:
       The moments; the mean square about 0 in the variance's place unless ``sets.centered``.
     """
-    sets = dataclasses.replace(sets, axis_name=None)
     shift, residual, var, count = _two_passes(x, where, sets=sets)
     return Moments(shift, residual, var, sets.size(x.shape) if count is None else count)
 
@@ -109,14 +105,19 @@ def local_moments(x: Array, sets: Sets, where: Array | None = None) -> Moments:
 def _two_passes(
     x: Array, where: Array | None, *, sets: Sets
 ) -> tuple[Array, Array, Array, Array | None]:
+    return recomputed(partial(_passes, sets))(x, where)
+
+
+def _passes(sets: Sets, x: Array, where: Array | None) -> tuple[Array, Array, Array, Array | None]:
     """Computes the mean, then mean and mean square of what is left after subtracting it.
 
     The second pass corrects the first mean's rounding. What remains of it is so small that its
     square leaves the variance its digits, which the square of the mean itself would not.
     """
     x = jnp.asarray(x, widest(x.dtype))
-    size, count = jnp.asarray(sets.size(x.shape), x.dtype), None
+    size, count = jnp.asarray(max(sets.size(x.shape), 1), x.dtype), None
     if where is not None:
+        where = jnp.broadcast_to(where, x.shape)
         x = jnp.where(where, x, 0)  # what is left out may be NaN, and must not reach the gradient
         (count,) = sets.sums(jnp.asarray(where, x.dtype))
         size = jnp.maximum(count, 1)
@@ -164,21 +165,28 @@ def moments(
       T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for Computing the Sample Variance:
       Analysis and Recommendations", The American Statistician, 1983 (equation 1.7 and 2.1).
     """
-    where = None if where is None else jnp.broadcast_to(where, x.shape)
-    result = local_moments(x, Sets(axes), where)
+    result = local_moments(x, Sets(tuple(axes)), where)
     return result if axis_name is None else _combine(result, axis_name)
 
 
 def _combine(local: Moments, axis_name: AxisName) -> Moments:
     """Merges the moments of all devices (Chan's equation 2.1), weighted by their counts."""
-    size, index = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    try:
+        size, index = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    except NameError as unbound:
+        raise ValueError(
+            f"axis_name must be an axis that vmap or shard_map maps, got axis_name={axis_name!r} "
+            "outside of it. Call the layer inside; under plain jit on a sharded batch statistics "
+            "are global without axis_name."
+        ) from unbound
     dtype, shape = local.var.dtype, local.var.shape
     own_count = jnp.broadcast_to(jnp.asarray(local.size, dtype), shape)
     # One sum over devices of (size, 4, ...), zero but for the own row, gathers all statistics and
     # leaves the result known to be equal everywhere, which shard_map requires of its outputs.
     own = jnp.stack([own_count, local.shift, local.residual, local.var])
     slots = jnp.zeros((size, *own.shape), dtype).at[index].set(own)
-    counts, shifts, residuals, variances = jnp.moveaxis(jax.lax.psum(slots, axis_name), 1, 0)
+    gathered = remembered(jax.lax.psum(slots, axis_name))
+    counts, shifts, residuals, variances = jnp.moveaxis(gathered, 1, 0)
     total = jnp.maximum(jnp.sum(counts, 0, keepdims=True), 1)
     # The mean of the first device that has values is close enough to all others to subtract.
     first = jnp.argmax(counts > 0, 0, keepdims=True)

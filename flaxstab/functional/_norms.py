@@ -5,11 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxstab._checks import check
+from flaxstab._checks import check, check_mask
 from flaxstab._dtypes import aligned, output_dtype, widest
 from flaxstab._typing import Array, AxisName, Bool, DTypeLike, Float, Int, Shape
 from flaxstab.functional._moments import Moments, Sets, check_groups, moments
-from flaxstab.functional._standardize import normalize_fixed, remembered, standardized
+from flaxstab.functional._recompute import remembered
+from flaxstab.functional._standardize import normalize_by, standardized
 
 
 class RunningStats(NamedTuple):
@@ -74,9 +75,10 @@ def batch_norm(
       running: statistics to update, or ``None`` to keep none.
       momentum: weight of the new value; ``None`` averages over all batches.
       eps: added to the variance.
-      mask: booleans that broadcast to ``x``; statistics come from values where it is true. The
-        others are normalised by them, too, and no gradient flows through them (they may be NaN).
-        A channel with fewer than two values keeps its running statistics.
+      mask: booleans with as many axes as ``x``, each of its size or 1; statistics come from
+        values where it is true. The others are normalised by them, too, and no gradient flows
+        through them (they may be NaN). A channel with fewer than two values keeps its running
+        statistics.
       axis_name: mapped axes over which the statistics are those of the whole batch.
       dtype: the output's dtype; ``None`` keeps that of ``x``.
 
@@ -94,17 +96,26 @@ def batch_norm(
     if x.size == 0:
         same = None if running is None else running._replace(batches=running.batches + 1)
         return jnp.asarray(x, output_dtype(x, dtype)), same
-    sets = Sets(tuple(range(x.ndim - 1)), axis_name=axis_name)
-    found = moments(jax.lax.stop_gradient(x), sets.axes, where=mask, axis_name=axis_name)
+    if mask is not None:
+        check_mask(mask, x.shape)
+    sets = Sets(tuple(range(x.ndim - 1)))
+    # An exchange between devices must stay outside of a custom derivative: JAX forgets the axis
+    # that vmap mapped when it differentiates what jit has traced (docs/upstream.md).
+    source = jax.lax.stop_gradient(x) if axis_name is None else x
+    found = moments(source, sets.axes, where=mask, axis_name=axis_name)
     check(
         not (isinstance(found.size, int) and found.size < 2),
         "batch normalisation needs more than 1 value per channel in training",
         fix="Use a larger batch, or use_running_average=True.",
         shape=x.shape,
     )
-    y = standardized(
-        x, scale, bias, sets, found=remembered(found), eps=eps, where=mask, dtype=dtype
-    )
+    known = found._replace(shift=remembered(found.shift), residual=remembered(found.residual),
+                           var=remembered(found.var))  # fmt: skip
+    if axis_name is None:
+        y = standardized(x, scale, bias, sets, found=known, eps=eps, where=mask, dtype=dtype)
+    else:
+        y = normalize_by(x, known, scale, bias, eps=eps, where=mask, dtype=dtype)
+    found = jax.lax.stop_gradient(found)
     return y, None if running is None else _follow(running, found, momentum)
 
 
@@ -151,8 +162,7 @@ def batch_norm_inference(
     wide = widest(x.dtype, running.mean.dtype)
     mean, var = aligned(running.mean, x, wide), aligned(running.var, x, wide)
     fixed = Moments(mean, jnp.zeros((), wide), var, 1)
-    result = output_dtype(x, dtype)
-    return normalize_fixed(x, fixed, scale, bias, eps=float(eps), dtype=result)
+    return normalize_by(x, fixed, scale, bias, eps=eps, dtype=dtype)
 
 
 def layer_norm(
@@ -195,6 +205,7 @@ def _trailing(x: Array, normalized_shape: Shape) -> Shape:
     check(
         x.shape[x.ndim - rank :] == tuple(normalized_shape) and x.ndim >= rank,
         "the input's last axes must be normalized_shape",
+        fix="Arrays are features-last here: (N, ..., C).",
         normalized_shape=normalized_shape,
         shape=x.shape,
     )
@@ -319,6 +330,7 @@ def instance_norm(
     check(
         x.size == 0 or size > 1,
         "instance normalisation needs more than 1 spatial element in training",
+        fix="Use a larger input, or another norm.",
         shape=x.shape,
     )
     y = standardized(x, scale, bias, sets, eps=eps, dtype=dtype)

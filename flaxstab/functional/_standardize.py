@@ -1,32 +1,20 @@
 """The affine step of all norms and its derivative, for which only the input is kept."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
+from flaxstab._checks import number
 from flaxstab._dtypes import aligned, output_dtype, widest
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.functional._moments import Moments, Sets, local_moments
+from flaxstab.functional._recompute import recomputed
 
 Known: TypeAlias = tuple[Array, Moments, Array | None]  # x, its moments, and where they are from
-Affine: TypeAlias = tuple[Array, Moments | None, Array | None, Array | None, Array | None]
-
-_KEPT = "flaxstab.moments"
-
-recomputed = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
-"""Makes a function keep only its arguments for the backward pass, which runs it again.
-
-Moments passed through :func:`remembered` are kept as well.
-"""
-
-
-def remembered(found: Moments) -> Moments:
-    """Marks moments that are small, or were exchanged between devices, as not to compute twice."""
-    shift, residual, var = (checkpoint_name(part, _KEPT) for part in found[:3])
-    return Moments(shift, residual, var, found.size)
+Arguments: TypeAlias = tuple[Array, Moments | None, Array | None, Array | None, Array | None]
 
 
 def normalize(
@@ -61,19 +49,65 @@ def normalize(
     return jnp.asarray(y, output_dtype(x, dtype))
 
 
-# Compiled, like all regions here, so that a call outside jit is not traced anew each time.
-@partial(jax.jit, static_argnames=("eps", "dtype"), inline=True)
-def normalize_fixed(
+def normalize_by(
     x: Array,
     statistics: Moments,
     scale: Array | None,
     bias: Array | None,
     *,
     eps: float,
+    where: Array | None = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Applies :func:`normalize` by given moments, and keeps them and ``x`` for the backward pass.
+
+    Args:
+      x: values of any floating-point dtype.
+      statistics: moments that broadcast to ``x``; gradients flow through them.
+      scale: factor that broadcasts to ``x``, or ``None`` for 1.
+      bias: summand that broadcasts to ``x``, or ``None`` for 0.
+      eps: added to the variance, a number.
+      where: booleans that broadcast to ``x``, as of :func:`standardized`.
+      dtype: the output's dtype; ``None`` keeps that of ``x``.
+
+    Returns:
+      An array of the shape of ``x``.
+    """
+    result = output_dtype(x, dtype)
+    return _given_region(x, statistics, where, scale, bias, eps=number(eps), dtype=result)
+
+
+# Compiled, so that a call outside jit is not traced anew each time.
+@partial(jax.jit, static_argnames=("eps", "dtype"), inline=True)
+def _given_region(
+    x: Array,
+    statistics: Moments,
+    where: Array | None,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    eps: float,
     dtype: DTypeLike,
 ) -> Array:
-    """Applies :func:`normalize` by moments that do not depend on ``x``, and keeps only ``x``."""
-    return recomputed(partial(normalize, eps=eps, dtype=dtype))(x, statistics, scale, bias)
+    @recomputed
+    def run(x: Array, statistics: Moments, where: Array | None, *affine: Array | None) -> Array:
+        apply = partial(normalize, statistics=statistics, scale=affine[0], bias=affine[1], eps=eps)
+        return _where(where, x, partial(apply, dtype=dtype), partial(apply, dtype=dtype))
+
+    return run(x, statistics, where, scale, bias)
+
+
+def _where(
+    where: Array | None,
+    x: Array,
+    inside: Callable[[Array], Array],
+    outside: Callable[[Array], Array],
+) -> Array:
+    """Applies one function where a mask is true, another without gradient where it is not."""
+    if where is None:
+        return inside(x)
+    y = inside(jnp.where(where, x, 0))  # what is left out may be NaN
+    return jnp.where(where, y, jax.lax.stop_gradient(outside(x)))
 
 
 def standardized(
@@ -97,9 +131,9 @@ def standardized(
       scale: factor that broadcasts to ``x``, or ``None`` for 1.
       bias: summand that broadcasts to ``x``, or ``None`` for 0.
       sets: which values are normalised together.
-      found: their moments, which are kept as well: if they are small, or were exchanged between
-        devices. ``None`` computes them, once more in the backward pass.
-      eps: added to the variance.
+      found: their moments, which are kept as well. ``None`` computes them, once more in the
+        backward pass.
+      eps: added to the variance, a number.
       where: booleans that broadcast to ``x``, true at the values that ``found`` are those of.
         The others are normalised, too, and no gradient flows through them.
       dtype: the output's dtype; ``None`` keeps that of ``x``.
@@ -109,7 +143,7 @@ def standardized(
     """
     known = None if found is None else _traceable(found)
     result = output_dtype(x, dtype)
-    return _region(x, known, where, scale, bias, sets=sets, eps=float(eps), dtype=result)
+    return _region(x, known, where, scale, bias, sets=sets, eps=number(eps), dtype=result)
 
 
 @partial(jax.jit, static_argnames=("sets", "eps", "dtype"), inline=True)
@@ -134,12 +168,13 @@ def _region(
     ) -> Array:
         wide = jnp.asarray(x, widest(x.dtype))
         affine = tuple(None if v is None else aligned(v, x, wide.dtype) for v in (scale, bias))
-        if where is None or found is None:
-            return jnp.asarray(_affine(sets, eps, wide, found, None, *affine), dtype)
-        inside = jnp.where(where, wide, 0)  # what is left out may be NaN
-        y = _affine(sets, eps, inside, found, where, *affine)
-        outside = jax.lax.stop_gradient(normalize(wide, found, *affine, eps=eps))
-        return jnp.asarray(jnp.where(where, y, outside), dtype)
+        y = _where(
+            where,
+            wide,
+            lambda x: _affine(sets, eps, x, found, where, *affine),
+            lambda x: normalize(x, _known(sets, x, found), *affine, eps=eps),
+        )
+        return jnp.asarray(y, dtype)
 
     return run(x, found, where, scale, bias)
 
@@ -149,7 +184,7 @@ def _traceable(found: Moments) -> Moments:
     return found._replace(size=jnp.maximum(jnp.asarray(found.size, found.var.dtype), 1))
 
 
-def _moments(sets: Sets, x: Array, found: Moments | None) -> Moments:
+def _known(sets: Sets, x: Array, found: Moments | None) -> Moments:
     return _traceable(local_moments(x, sets) if found is None else found)
 
 
@@ -164,21 +199,21 @@ def _affine(
     bias: Array | None,
 ) -> Array:
     del where  # what the derivative needs
-    return normalize(x, _moments(sets, x, found), scale, bias, eps=eps)
+    return normalize(x, _known(sets, x, found), scale, bias, eps=eps)
 
 
 @_affine.defjvp
-def _(sets: Sets, eps: float, primals: Affine, tangents: Affine) -> tuple[Array, Array]:
+def _(sets: Sets, eps: float, primals: Arguments, tangents: Arguments) -> tuple[Array, Array]:
     y = _affine(sets, eps, *primals)
     tangent = _by_feature if sets.along_features(y.ndim) else _by_channel
     return y, tangent(sets, eps, primals, tangents)
 
 
-def _by_channel(sets: Sets, eps: float, primals: Affine, tangents: Affine) -> Array:
+def _by_channel(sets: Sets, eps: float, primals: Arguments, tangents: Arguments) -> Array:
     """Collects what is constant along the reduced axes: transposed, it takes but two reductions."""
     x, found, where, scale, _ = primals
     dx, _, _, dscale, dbias = tangents
-    known = (x, _moments(sets, x, found), where)
+    known = (x, _known(sets, x, found), where)
     centred, rate, size = _centred(sets, *known), _rate(sets, eps, *known), known[1].size
     factor = rate if scale is None else rate * scale
     mean, slope = sets.sums(dx, centred * dx, where=where)
@@ -190,11 +225,11 @@ def _by_channel(sets: Sets, eps: float, primals: Affine, tangents: Affine) -> Ar
     return factor * dx + constant + centred * slope
 
 
-def _by_feature(sets: Sets, eps: float, primals: Affine, tangents: Affine) -> Array:
+def _by_feature(sets: Sets, eps: float, primals: Arguments, tangents: Arguments) -> Array:
     """Keeps the reductions over a sample's features apart from those over the samples."""
     x, found, where, scale, _ = primals
     dx, _, _, dscale, dbias = tangents
-    known = (x, _moments(sets, x, found), where)
+    known = (x, _known(sets, x, found), where)
     centred, rate, size = _centred(sets, *known), _rate(sets, eps, *known), known[1].size
     mean, slope = sets.sums(dx, centred * dx, where=where)
     dy = rate * dx - centred * (rate * (jnp.square(rate) * slope / size))
@@ -204,7 +239,7 @@ def _by_feature(sets: Sets, eps: float, primals: Affine, tangents: Affine) -> Ar
         # Computed afresh from x: as soon as two reductions along different axes share it, XLA
         # writes it out and much of what it is made of (CPU: 2 N of temporaries, 2.5x the time).
         again = jax.lax.optimization_barrier(x)
-        known = (again, _moments(sets, again, found), where)
+        known = (again, _known(sets, again, found), where)
         dy = dy * scale + _centred(sets, *known) * _rate(sets, eps, *known) * dscale
     return dy if dbias is None else dy + dbias
 
@@ -241,5 +276,5 @@ def _(sets: Sets, eps: float, primals: Known, tangents: Known) -> tuple[Array, A
 
 def forget_compiled() -> None:
     """Makes the next call trace anew, for who replaces a function of this module."""
-    for compiled in (normalize_fixed, _region):
+    for compiled in (_given_region, _region):
         compiled.clear_cache()  # type: ignore[attr-defined]  # documented, not annotated

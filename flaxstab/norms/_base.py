@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxstab import functional
-from flaxstab._checks import check, check_positive
+from flaxstab._checks import check, check_eps, check_positive
 from flaxstab._dtypes import floating
 from flaxstab._typing import Array, DTypeLike, Shape
 from flaxstab.functional import RunningStats
@@ -23,7 +23,7 @@ class Affine(nnx.Module):
         scale: bool,
         bias: bool,
     ) -> None:
-        check(eps >= 0, "eps must be at least 0", eps=eps)
+        check_eps(eps)
         self.eps = eps
         self.dtype = None if dtype is None else floating("dtype", dtype)
         param_dtype = floating("param_dtype", param_dtype)

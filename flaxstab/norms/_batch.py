@@ -6,9 +6,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxstab import functional
-from flaxstab._checks import check, check_last_axis, check_positive
-from flaxstab._typing import Array, AxisName, DTypeLike
+from flaxstab._checks import (
+    check,
+    check_axis_name,
+    check_last_axis,
+    check_mask,
+    check_positive,
+)
+from flaxstab._typing import Array, AxisName, DTypeLike, Shape
 from flaxstab.norms._base import Tracked
+
+
+def _check_input(num_features: int, shape: Shape) -> None:
+    check_last_axis("num_features", num_features, shape)
+    check(
+        len(shape) >= 2,
+        "batch normalisation needs a batch axis",
+        fix="Give a single sample one: x[None].",
+        shape=shape,
+    )
 
 
 class BatchNorm(Tracked):
@@ -30,8 +46,9 @@ class BatchNorm(Tracked):
         statistics are then those of the whole batch, weighted by count. Under plain ``jit`` on a
         sharded batch they are global without it.
       bias: whether ``affine`` includes a bias.
-      dtype: dtype of the output; ``None`` = the input's. Statistics stay in float32 or wider.
-      param_dtype: dtype of parameters and running statistics.
+      dtype: dtype of the output; ``None`` = the input's.
+      param_dtype: dtype of parameters and running statistics. What a batch contributes is computed
+        in float32 or wider.
       rngs: accepted like every layer's; nothing is drawn.
 
     Raises:
@@ -73,6 +90,7 @@ class BatchNorm(Tracked):
             num_features, eps, momentum, dtype, param_dtype,
             affine=affine, bias=bias, track=track_running_stats,
         )  # fmt: skip
+        check_axis_name(axis_name)
         self.axis_name = axis_name
 
     def __call__(
@@ -83,14 +101,15 @@ class BatchNorm(Tracked):
         Args:
           x: values, at least 2 axes, the last of size ``num_features``.
           use_running_average: overrides the layer's mode.
-          mask: booleans that broadcast to ``x``; statistics come from values where it is true,
-            and every value is normalised.
+          mask: booleans with as many axes as ``x``, each of its size or 1; statistics come from
+            values where it is true, and every value is normalised.
 
         Returns:
           An array of the shape of ``x``.
         """
-        check_last_axis("num_features", self.num_features, x.shape)
-        check(x.ndim >= 2, "batch normalisation needs a batch axis", shape=x.shape)
+        _check_input(self.num_features, x.shape)
+        if mask is not None:
+            check_mask(mask, x.shape)
         evaluated = self._evaluate(x, use_running_average)
         if evaluated is not None:
             return evaluated
@@ -154,8 +173,7 @@ class GhostBatchNorm(Tracked):
 
     def __call__(self, x: Array, *, use_running_average: bool | None = None) -> Array:
         """Normalises ``(N, *space, C)``; ``use_running_average`` overrides the layer's mode."""
-        check_last_axis("num_features", self.num_features, x.shape)
-        check(x.ndim >= 2, "batch normalisation needs a batch axis", shape=x.shape)
+        _check_input(self.num_features, x.shape)
         evaluated = self._evaluate(x, use_running_average)
         if evaluated is not None:
             return evaluated

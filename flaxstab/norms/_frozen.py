@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxstab import functional
-from flaxstab._checks import check, check_last_axis, check_positive
+from flaxstab._checks import check_eps, check_last_axis, check_positive
 from flaxstab._dtypes import floating
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.functional import RunningStats
@@ -53,7 +53,7 @@ class FrozenBatchNorm(nnx.Module):
     ) -> None:
         del rngs
         check_positive(num_features=num_features)
-        check(eps >= 0, "eps must be at least 0", eps=eps)
+        check_eps(eps)
         self.num_features = num_features
         self.eps = eps
         self.dtype = None if dtype is None else floating("dtype", dtype)

@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 
 from flaxstab import functional
-from flaxstab._checks import check, check_last_axis, check_positive
+from flaxstab._checks import check, check_eps, check_last_axis, check_positive
 from flaxstab._dtypes import floating
 from flaxstab._typing import Array, DTypeLike, Shape
 from flaxstab.norms._base import Affine, Tracked
@@ -60,7 +60,12 @@ class InstanceNorm(Tracked):
     def __call__(self, x: Array, *, use_running_average: bool | None = None) -> Array:
         """Normalises ``(N, *space, C)``; ``use_running_average`` overrides the layer's mode."""
         check_last_axis("num_features", self.num_features, x.shape)
-        check(x.ndim >= 3, "instance normalisation needs batch and spatial axes", shape=x.shape)
+        check(
+            x.ndim >= 3,
+            "instance normalisation needs batch and spatial axes",
+            fix="Give a single sample a batch axis: x[None].",
+            shape=x.shape,
+        )
         evaluated = self._evaluate(x, use_running_average)
         if evaluated is not None:
             return evaluated
@@ -175,7 +180,8 @@ class RMSNorm(nnx.Module):
     ) -> None:
         del rngs
         self.normalized_shape = _checked_shape(normalized_shape)
-        check(eps is None or eps >= 0, "eps must be at least 0 or None", eps=eps)
+        if eps is not None:
+            check_eps(eps)
         self.eps = eps
         self.dtype = None if dtype is None else floating("dtype", dtype)
         ones = jnp.ones(self.normalized_shape, floating("param_dtype", param_dtype))
@@ -240,7 +246,12 @@ class GroupNorm(Affine):
     def __call__(self, x: Array) -> Array:
         """Normalises ``(N, *space, C)``; the first axis is the batch, all between are space."""
         check_last_axis("num_channels", self.num_channels, x.shape)
-        check(x.ndim >= 2, "group normalisation needs a batch axis", shape=x.shape)
+        check(
+            x.ndim >= 2,
+            "group normalisation needs a batch axis",
+            fix="Give a single sample one: x[None].",
+            shape=x.shape,
+        )
         scale, bias = self._parameters()
         return functional.group_norm(
             x, self.num_groups, scale, bias, eps=self.eps, dtype=self.dtype

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxstab import norms
-from flaxstab._checks import check, check_positive
+from flaxstab._checks import check, check_axis_name, check_positive
 from flaxstab._typing import Array, AxisName, DTypeLike, Shape
 from flaxstab.surgery._swap import swapped
 
@@ -216,12 +216,7 @@ def convert_sync_batch_norm(model: nnx.Module, axis_name: AxisName | None) -> nn
       ValueError: if the model is no ``nnx.Module``, ``axis_name`` no name, or an ``nnx.BatchNorm``
         has another ``axis_name``.
     """
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    check(
-        axis_name is None or (len(names) > 0 and all(isinstance(name, str) for name in names)),
-        "axis_name must be a name, a tuple of names or None",
-        axis_name=axis_name,
-    )
+    check_axis_name(axis_name)
 
     def make(layer: nnx.Module) -> nnx.Module | None:
         if isinstance(layer, norms.BatchNorm):

@@ -75,12 +75,12 @@ def _eps_outside(
 
 
 def _constant_statistics(
-    sets: Sets, eps: float, primals: _standardize.Affine, tangents: _standardize.Affine
+    sets: Sets, eps: float, primals: _standardize.Arguments, tangents: _standardize.Arguments
 ) -> Array:
     """The tangent of the affine step alone."""
     x, found, _, scale, bias = primals
     dx, _, _, dscale, dbias = tangents
-    found = _standardize._moments(sets, x, found)
+    found = _standardize._known(sets, x, found)
     return jax.jvp(
         lambda *parts: functional.normalize(parts[0], found, *parts[1:], eps=eps),
         (x, scale, bias), (dx, dscale, dbias),
