@@ -41,9 +41,9 @@ BEYOND_CACHE = 100_000_000  # bytes, twice the second-level cache of an H100 or 
 COPIED = 2**28  # float32 values
 QUEUED = 20  # calls behind each other in one timing on a GPU
 LEGEND = (
-    "kept (for the backward pass), temp (compiled temporaries) and bytes (accessed) are in units of "
-    "the input's bytes;\nfwd and fwd+bwd are times over flaxstab's: above 1 the peer takes longer; "
-    "of copy is the share of a copy's bandwidth (GPU)."
+    "kept (for the backward pass), temp (compiled temporaries), bytes (accessed): in units of the "
+    "input's bytes;\nfwd, fwd+bwd: time over flaxstab's, above 1 the peer takes longer; of copy: "
+    "the share of a copy's bandwidth (GPU)."
 )
 PAUSE = 0.005  # seconds; PyTorch's idle threads hold their cores for about one millisecond
 

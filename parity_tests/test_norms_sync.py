@@ -99,6 +99,46 @@ def test_batch_norm_on_a_sharded_batch_exchanges_three_times(layer: Layer) -> No
     assert exchanges(layer, named=False, backward=True) <= 3 * LAYERS
 
 
+def test_the_parameters_gradients_cost_one_exchange_in_all() -> None:
+    """A training step: their sums wait for each other and leave together."""
+    over, everywhere = PartitionSpec("devices"), PartitionSpec()
+    run = jax.shard_map(
+        lambda x, parameters: jax.grad(
+            lambda p: stack(plain, x, p, "devices"), has_aux=True
+        )(parameters),
+        mesh=mesh(), in_specs=(over, everywhere), out_specs=everywhere,
+    )  # fmt: skip
+    x = jax.ShapeDtypeStruct((16, 3, 3, C), jnp.float32, sharding=NamedSharding(mesh(), over))
+    program = jax.jit(run).lower(x, jnp.ones((LAYERS, 3, C, C))).compile().as_text()
+    assert len(re.findall(r" all-reduce(?:-start)?\(", program)) <= 2 * LAYERS + 1
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Array]], Callable[..., Array]]] = {
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "scan": lambda f: lambda x: jax.lax.scan(lambda x, _: (f(x), None), x, length=1)[0],
+    "grad": lambda f: jax.grad(lambda x: jnp.sum(f(x) ** 2)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_mapped_layer_is_differentiated_after_any_transformation(name: str) -> None:
+    """JAX differentiates what was traced inside of vmap, where the axis is no longer known."""
+    jax.clear_caches()  # it remembers derivatives, also those that it could not take anew
+    x = values(4, 3, C)
+    layer = jax.vmap(
+        lambda x: functional.batch_norm(x, axis_name="devices")[0], axis_name="devices"
+    )
+    whole = lambda x: functional.batch_norm(x.reshape(-1, C))[0].reshape(x.shape)  # noqa: E731
+    transform = TRANSFORMS[name]
+    with jax.enable_x64(True):
+        found, expected = (
+            jax.grad(lambda x, f=f: jnp.sum(transform(f)(x) ** 3))(jnp.asarray(x))
+            for f in (layer, whole)
+        )
+        assert_same(found, expected, size=float(x.size))
+
+
 def test_the_count_notices_statistics_that_are_exchanged_apart() -> None:
     assert exchanges(twice, named=True, backward=False) > LAYERS
     assert exchanges(twice, named=True, backward=True) > 2 * LAYERS

@@ -136,6 +136,11 @@ def test_variables_that_norms_share_stay_shared() -> None:
     new = surgery.replace_norms(model, surgery.batch_to_layer())
     assert new[0].scale is new[1].scale
     assert new[0].scale is not model[0].scale
+    frozen = surgery.freeze_batch_norm(model)
+    grouped = surgery.replace_norms(frozen, surgery.batch_to_group())
+    for other in (frozen, surgery.unfreeze_batch_norm(frozen), grouped):
+        assert other[0].scale is other[1].scale
+        assert other[0].bias is not other[1].bias
 
 
 @pytest.mark.usefixtures("mode")

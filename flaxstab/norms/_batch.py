@@ -1,7 +1,5 @@
 """Normalisation over the batch."""
 
-import math
-
 import jax.numpy as jnp
 from flax import nnx
 
@@ -102,7 +100,8 @@ class BatchNorm(Tracked):
           x: values, at least 2 axes, the last of size ``num_features``.
           use_running_average: overrides the layer's mode.
           mask: booleans with as many axes as ``x``, each of its size or 1; statistics come from
-            values where it is true, and every value is normalised.
+            values where it is true, and every value is normalised. No gradient comes from the
+            others: leave them out of the loss.
 
         Returns:
           An array of the shape of ``x``.
@@ -178,14 +177,9 @@ class GhostBatchNorm(Tracked):
         if evaluated is not None:
             return evaluated
         scale, bias = self._parameters()
-        chunks = max(math.ceil(x.shape[0] / self.virtual_batch_size), 1)
-        size = max(math.ceil(x.shape[0] / chunks), 1)
-        running, outputs = self._running(), []
-        for start in range(0, max(x.shape[0], 1), size):
-            y, running = functional.batch_norm(
-                x[start : start + size], scale, bias, running,
-                momentum=self.momentum, eps=self.eps, dtype=self.dtype,
-            )  # fmt: skip
-            outputs.append(y)
+        y, running = functional.ghost_batch_norm(
+            x, self.virtual_batch_size, scale, bias, self._running(),
+            momentum=self.momentum, eps=self.eps, dtype=self.dtype,
+        )  # fmt: skip
         self._remember(running)
-        return jnp.concatenate(outputs)
+        return y

@@ -1,6 +1,7 @@
 """Swaps the normalisation layers of a model: each conversion returns a new model."""
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +11,7 @@ from flaxstab._checks import check, check_axis_name, check_positive
 from flaxstab._typing import Array, AxisName, DTypeLike, Shape
 from flaxstab.surgery._swap import swapped
 
+_New = TypeVar("_New")
 _BATCH = (norms.BatchNorm, norms.GhostBatchNorm, norms.FrozenBatchNorm, nnx.BatchNorm)
 
 
@@ -77,17 +79,12 @@ def batch_to_group(num_groups: int = 32) -> MakeNorm:
     """
     check_positive(num_groups=num_groups)
 
-    def make(layer: nnx.Module) -> nnx.Module | None:
-        old = _read(layer)
-        if old is None:
-            return None
+    def build(old: _Held) -> norms.GroupNorm:
         largest = min(num_groups, old.features)
         groups = next(n for n in range(largest, 0, -1) if old.features % n == 0)
-        new = norms.GroupNorm(groups, old.features, old.eps, affine=False, dtype=old.dtype)
-        new.scale, new.bias = (nnx.data(_learned(v)) for v in (old.scale, old.bias))
-        return new
+        return norms.GroupNorm(groups, old.features, old.eps, affine=False, dtype=old.dtype)
 
-    return make
+    return _carrying(build)
 
 
 def batch_to_layer() -> MakeNorm:
@@ -99,13 +96,23 @@ def batch_to_layer() -> MakeNorm:
     Reference:
       Z. Liu et al., "A ConvNet for the 2020s", 2022, arXiv:2201.03545 (section 2.6).
     """
+    return _carrying(
+        lambda old: norms.LayerNorm(
+            old.features, old.eps, elementwise_affine=False, dtype=old.dtype
+        )
+    )
+
+
+def _carrying(build: Callable[["_Held"], norms.GroupNorm | norms.LayerNorm]) -> MakeNorm:
+    """Makes what ``build`` makes of batch normalisation, with the old layer's scale and bias."""
+    learned = _Once(_learned)
 
     def make(layer: nnx.Module) -> nnx.Module | None:
         old = _read(layer)
         if old is None:
             return None
-        new = norms.LayerNorm(old.features, old.eps, elementwise_affine=False, dtype=old.dtype)
-        new.scale, new.bias = (nnx.data(_learned(v)) for v in (old.scale, old.bias))
+        new = build(old)
+        new.scale, new.bias = nnx.data(learned(old.scale)), nnx.data(learned(old.bias))
         return new
 
     return make
@@ -117,7 +124,8 @@ def freeze_batch_norm(model: nnx.Module) -> nnx.Module:
     Every :class:`~flaxstab.norms.BatchNorm`, ``GhostBatchNorm`` and ``nnx.BatchNorm`` becomes a
     :class:`~flaxstab.norms.FrozenBatchNorm` with its statistics, scale and bias (1 and 0 where
     absent): no optimizer sees them, and ``model.train()`` does not undo it. The rest is as in
-    :func:`replace_norms`. Build the optimizer on the new model.
+    :func:`replace_norms`. Build the optimizer on the new model, also
+    one that the model itself holds.
 
     Args:
       model: a model, or a norm; it stays as it is.
@@ -140,6 +148,7 @@ def freeze_batch_norm(model: nnx.Module) -> nnx.Module:
       stock ``nnx.BatchNorm`` in evaluation: its ``dtype=None`` promotes to the parameters' dtype,
       and it casts the statistics to ``dtype``.
     """
+    constant = _Once(_constant)
 
     def make(layer: nnx.Module) -> nnx.Module | None:
         old = None if isinstance(layer, norms.FrozenBatchNorm) else _read(layer)
@@ -152,8 +161,9 @@ def freeze_batch_norm(model: nnx.Module) -> nnx.Module:
             )
         new = norms.FrozenBatchNorm(old.features, old.eps, dtype=old.dtype)
         mean = old.mean.get_value()
-        new.scale = _constant(old.scale, jnp.ones_like(mean))
-        new.bias = _constant(old.bias, jnp.zeros_like(mean))
+        scale, bias = constant(old.scale), constant(old.bias)
+        new.scale = nnx.BatchStat(jnp.ones_like(mean)) if scale is None else scale
+        new.bias = nnx.BatchStat(jnp.zeros_like(mean)) if bias is None else bias
         new.mean, new.var = old.mean, old.var
         new.use_running_average = old.use_running_average
         return new
@@ -180,13 +190,14 @@ def unfreeze_batch_norm(model: nnx.Module, momentum: float | None = 0.1) -> nnx.
       ValueError: if the model is no ``nnx.Module``, ``momentum`` is out of range, or layers are
         stacked on another than the leading axes.
     """
+    learned = _Once(_learned)
 
     def make(layer: nnx.Module) -> nnx.Module | None:
         old = _read(layer) if isinstance(layer, norms.FrozenBatchNorm) else None
         if old is None:
             return None
         new = norms.BatchNorm(old.features, old.eps, momentum, dtype=old.dtype)
-        new.scale, new.bias = (nnx.data(_learned(v)) for v in (old.scale, old.bias))
+        new.scale, new.bias = nnx.data(learned(old.scale)), nnx.data(learned(old.bias))
         new.mean, new.var = nnx.data(old.mean), nnx.data(old.var)
         new.count = nnx.data(nnx.BatchStat(jnp.zeros(old.stack, jnp.int32)))
         new.use_running_average = old.use_running_average
@@ -272,15 +283,29 @@ def _read(layer: nnx.Module) -> _Held | None:
     return _Held(layer.num_features, eps, layer.dtype, *variables, mode)
 
 
-def _learned(variable: nnx.Variable[Array] | None) -> nnx.Param[Array] | None:
+def _learned(variable: nnx.Variable[Array]) -> nnx.Param[Array]:
     """Returns a variable as a parameter: itself if it is one."""
-    if variable is None or isinstance(variable, nnx.Param):
+    if isinstance(variable, nnx.Param):
         return variable
     return nnx.Param(variable.get_value(), **variable.get_metadata())
 
 
-def _constant(variable: nnx.Variable[Array] | None, absent: Array) -> nnx.BatchStat[Array]:
+def _constant(variable: nnx.Variable[Array]) -> nnx.BatchStat[Array]:
     """Returns a variable as a statistic with the same array and metadata."""
-    if variable is None:
-        return nnx.BatchStat(absent)
     return nnx.BatchStat(variable.get_value(), **variable.get_metadata())
+
+
+class _Once(Generic[_New]):
+    """Converts every variable once, so that layers that share one go on sharing it."""
+
+    def __init__(self, convert: Callable[[nnx.Variable[Array]], _New]) -> None:
+        self.convert = convert
+        # With the variables themselves: the id of one that is gone could be another's.
+        self.met: dict[int, tuple[nnx.Variable[Array], _New]] = {}
+
+    def __call__(self, variable: nnx.Variable[Array] | None) -> _New | None:
+        if variable is None:
+            return None
+        if id(variable) not in self.met:
+            self.met[id(variable)] = variable, self.convert(variable)
+        return self.met[id(variable)][1]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from flaxstab import functional
 from flaxstab._typing import Array
-from flaxstab.functional import Moments, RunningStats, _norms, _standardize
+from flaxstab.functional import Moments, RunningStats, _batch_norms, _standardize
 from flaxstab.functional._moments import Sets
 from flaxstab.norms import _base
 from flaxstab.parity._selftest._plant import (
@@ -197,7 +197,7 @@ _BATCH = [
     Fault(
         "biased running variance", "the running variance follows the unbiased one", "batch norm",
         "step 1 running_var",
-        lambda: replaced(_norms, "_follow", lambda _: _follow_biased),
+        lambda: replaced(_batch_norms, "follow", lambda _: _follow_biased),
         lambda: replaced(torch_functional(), "batch_norm", _torch_biased),
     ),
     Fault(
