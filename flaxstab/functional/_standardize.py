@@ -91,8 +91,10 @@ def _given_region(
 ) -> Array:
     @recomputed
     def run(x: Array, statistics: Moments, where: Array | None, *affine: Array | None) -> Array:
-        apply = partial(normalize, statistics=statistics, scale=affine[0], bias=affine[1], eps=eps)
-        return _where(where, x, partial(apply, dtype=dtype), partial(apply, dtype=dtype))
+        def apply(x: Array) -> Array:
+            return normalize(x, statistics, *affine, eps=eps, dtype=dtype)
+
+        return _where(where, x, apply, apply)
 
     return run(x, statistics, where, scale, bias)
 
@@ -134,8 +136,8 @@ def standardized(
       found: their moments, which are kept as well. ``None`` computes them, once more in the
         backward pass.
       eps: added to the variance, a number.
-      where: booleans that broadcast to ``x``, true at the values that ``found`` are those of.
-        The others are normalised, too, and no gradient flows through them.
+      where: booleans that broadcast to ``x``, true at the values that ``found`` are those of,
+        which must then be given. The others are normalised, too, and no gradient flows through them.
       dtype: the output's dtype; ``None`` keeps that of ``x``.
 
     Returns:
