@@ -79,7 +79,10 @@ def test_the_default_eps_of_rms_norm_is_torchs_where_it_shows(dtype: str) -> Non
         (lambda: norms.RMSNorm(C, dtype=int), "dtype must be a floating-point dtype"),
         (lambda: norms.RMSNorm(C)(jnp.ones((2, 3))), "last axes must be normalized_shape"),
         (lambda: norms.FrozenBatchNorm(0), "num_features must be an integer of at least 1"),
-        (lambda: norms.FrozenBatchNorm(C, -1.0), "eps must be a number of at least 0, got eps=-1.0"),
+        (
+            lambda: norms.FrozenBatchNorm(C, -1.0),
+            "eps must be a number of at least 0, got eps=-1.0",
+        ),
         (lambda: norms.FrozenBatchNorm(C, param_dtype=int), "param_dtype must be a floating"),
         (
             lambda: norms.FrozenBatchNorm(C)(jnp.ones((2, 3))),

@@ -137,7 +137,8 @@ def standardized(
         backward pass.
       eps: added to the variance, a number.
       where: booleans that broadcast to ``x``, true at the values that ``found`` are those of,
-        which must then be given. The others are normalised, too, and no gradient flows through them.
+        which must then be given. The others are normalised, too, and no gradient flows through
+        them.
       dtype: the output's dtype; ``None`` keeps that of ``x``.
 
     Returns:
