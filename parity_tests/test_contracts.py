@@ -12,7 +12,7 @@ from flax import nnx
 
 from flaxstab import blocks, dropout, linear, norms
 from parity_tests.support.cases import values
-from parity_tests.support.layers import Embedded, narrowings
+from parity_tests.support.contracts import Embedded, narrowings
 
 C = 4
 STACK = 3

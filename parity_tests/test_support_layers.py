@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from parity_tests.support.cases import values
-from parity_tests.support.layers import assert_same, assert_twins, image, narrowings
+from parity_tests.support.contracts import narrowings
+from parity_tests.support.layers import assert_same, assert_twins, image
 
 ONE = np.ones(3)
 NAN = np.array([1.0, np.nan, 1.0])

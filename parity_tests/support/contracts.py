@@ -1,0 +1,43 @@
+"""What the table of contracts needs beside the layers; without PyTorch, as that table runs."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from flaxstab import linear
+
+
+def narrowings(program: ClosedJaxpr) -> list[str]:
+    """Every step that casts float64 to a narrower float, or such a float to float64."""
+    found = []
+    for equation in _steps(program):
+        if equation.primitive.name == "convert_element_type":
+            kinds = {str(v.aval.dtype) for v in (*equation.invars, *equation.outvars)}
+            # Scalars are constants: jax.random's own bounds are float32 in float64 runs too.
+            scalar = equation.outvars[0].aval.ndim == 0
+            if not scalar and "float64" in kinds and kinds & {"float32", "bfloat16", "float16"}:
+                found.append(str(equation))
+    return found
+
+
+def _steps(program: ClosedJaxpr) -> Iterator[JaxprEqn]:
+    """Every equation, those of inner programs included."""
+    for equation in program.eqns:
+        yield equation
+        for part in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(part, ClosedJaxpr | Jaxpr):
+                yield from _steps(part)
+
+
+class Embedded(nnx.Module):
+    """An embedding as a map of floats: the rows that the input's largest elements name."""
+
+    def __init__(self, features: int, **options: object) -> None:
+        self.embed = linear.Embed(features, features, padding_idx=1, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rows = self.embed(jnp.argmax(x, -1))
+        return jnp.asarray(x, rows.dtype) * rows
