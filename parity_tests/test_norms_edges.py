@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
-from flaxstab import norms
+from flaxstab import functional, norms
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same
 from parity_tests.support.norm_grid import Twin, differences, run_ours, run_torch, twin
@@ -148,3 +148,19 @@ def test_without_statistics_evaluation_is_training(make: Callable[[int], nnx.Mod
     np.testing.assert_array_equal(layer(x, use_running_average=True), trained)
     with pytest.raises(ValueError, match="more than 1"):
         layer(x[:1, :1])
+
+
+def test_more_ghosts_make_no_longer_program() -> None:
+    statistics = functional.RunningStats(jnp.zeros(C), jnp.ones(C), jnp.zeros((), jnp.int32))
+
+    def lines(rows: int) -> int:
+        run = lambda x: functional.ghost_batch_norm(x, 2, running=statistics)  # noqa: E731
+        return len(jax.jit(run).lower(jnp.zeros((rows, C))).as_text().splitlines())
+
+    assert lines(64) == lines(8)
+
+
+def test_a_traced_eps_is_refused() -> None:
+    run = jax.jit(lambda eps: functional.layer_norm(jnp.ones((2, C)), (C,), eps=eps))
+    with pytest.raises(ValueError, match=r"eps must be a number, got .*it cannot be traced"):
+        run(1e-5)
