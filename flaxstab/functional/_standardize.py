@@ -79,24 +79,23 @@ def normalize_by(
 
 # Compiled, so that a call outside jit is not traced anew each time.
 @partial(jax.jit, static_argnames=("eps", "dtype"), inline=True)
-def _given_region(
+def _given_region(*arguments: Array | Moments | None, eps: float, dtype: DTypeLike) -> Array:
+    return recomputed(partial(_apply_given, eps, dtype))(*arguments)
+
+
+def _apply_given(
+    eps: float,
+    dtype: DTypeLike,
     x: Array,
     statistics: Moments,
     where: Array | None,
     scale: Array | None,
     bias: Array | None,
-    *,
-    eps: float,
-    dtype: DTypeLike,
 ) -> Array:
-    @recomputed
-    def run(x: Array, statistics: Moments, where: Array | None, *affine: Array | None) -> Array:
-        def apply(x: Array) -> Array:
-            return normalize(x, statistics, *affine, eps=eps, dtype=dtype)
+    def apply(x: Array) -> Array:
+        return normalize(x, statistics, scale, bias, eps=eps, dtype=dtype)
 
-        return _where(where, x, apply, apply)
-
-    return run(x, statistics, where, scale, bias)
+    return _where(where, x, apply, apply)
 
 
 def _where(
@@ -150,36 +149,29 @@ def standardized(
 
 
 @partial(jax.jit, static_argnames=("sets", "eps", "dtype"), inline=True)
-def _region(
+def _region(*arguments: Array | Moments | None, sets: Sets, eps: float, dtype: DTypeLike) -> Array:
+    return recomputed(partial(_apply_own, sets, eps, dtype))(*arguments)
+
+
+def _apply_own(
+    sets: Sets,
+    eps: float,
+    dtype: DTypeLike,
     x: Array,
     found: Moments | None,
     where: Array | None,
     scale: Array | None,
     bias: Array | None,
-    *,
-    sets: Sets,
-    eps: float,
-    dtype: DTypeLike,
 ) -> Array:
-    @recomputed
-    def run(
-        x: Array,
-        found: Moments | None,
-        where: Array | None,
-        scale: Array | None,
-        bias: Array | None,
-    ) -> Array:
-        wide = jnp.asarray(x, widest(x.dtype))
-        affine = tuple(None if v is None else aligned(v, x, wide.dtype) for v in (scale, bias))
-        y = _where(
-            where,
-            wide,
-            lambda x: _affine(sets, eps, x, found, where, *affine),
-            lambda x: normalize(x, _known(sets, x, found), *affine, eps=eps),
-        )
-        return jnp.asarray(y, dtype)
-
-    return run(x, found, where, scale, bias)
+    wide = jnp.asarray(x, widest(x.dtype))
+    affine = tuple(None if v is None else aligned(v, x, wide.dtype) for v in (scale, bias))
+    y = _where(
+        where,
+        wide,
+        lambda x: _affine(sets, eps, x, found, where, *affine),
+        lambda x: normalize(x, _known(sets, x, found), *affine, eps=eps),
+    )
+    return jnp.asarray(y, dtype)
 
 
 def _traceable(found: Moments) -> Moments:
@@ -188,7 +180,7 @@ def _traceable(found: Moments) -> Moments:
 
 
 def _known(sets: Sets, x: Array, found: Moments | None) -> Moments:
-    return _traceable(local_moments(x, sets) if found is None else found)
+    return _traceable(local_moments(x, sets)) if found is None else found
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
