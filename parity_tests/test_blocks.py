@@ -14,7 +14,6 @@ import torch
 from flax import nnx
 
 from flaxstab import blocks, initializers, interop, norms, parity
-from flaxstab.blocks._parts import residual
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_twins, image
 from torch_ref import blocks as theirs
@@ -117,15 +116,15 @@ def test_names_and_shapes_are_the_twins(ours: Block, twin: Callable[[], torch.nn
 class Late(blocks.PreActResBlock):
     """A fault: the activation behind the second norm is missing."""
 
-    def _branch(self, x: jax.Array) -> jax.Array:
-        return self.conv2(self.norm2(self.conv1(self.act(self.norm1(x)))))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.conv2(self.norm2(self.conv1(self.act(self.norm1(x)))))
 
 
 class Early(blocks.BasicBlock):
     """A fault: the last activation before the addition."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return residual(x, lambda x: self.act(self._branch(x)), self.downsample)
+        return x + self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
 
 
 @pytest.mark.parametrize(("fault", "name"), [(Early, "basic same"), (Late, "pre-act same")])

@@ -177,7 +177,10 @@ def test_a_branch_that_is_not_zero_is_found() -> None:
 def test_a_block_starts_as_its_projection_with_a_norm() -> None:
     model = blocks.BasicBlock(4, 6, 2, **DRAWN, rngs=nnx.Rngs(0))
     surgery.zero_last_gamma(model)
-    np.testing.assert_array_equal(model(IMAGES), relu_of_skip(model, IMAGES))
+    found, expected = np.asarray(model(IMAGES)), np.asarray(relu_of_skip(model, IMAGES))
+    # One program and one by one: each of a norm's four operations may round by half an eps.
+    bound = 4 * np.finfo(np.float32).eps * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= bound < 1e-5 * np.abs(expected).max()
 
 
 def test_a_bias_of_the_last_norm_is_zeroed_too() -> None:

@@ -1,14 +1,14 @@
-"""What residual blocks share: the wiring, and how a block makes its layers."""
+"""What blocks of convolutions share: how they make their layers."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-import jax.numpy as jnp
 from flax import nnx
 
 from flaxstab import initializers
 from flaxstab._checks import check
-from flaxstab._typing import Array, DTypeLike, Initializer
+from flaxstab._typing import Array, DTypeLike, Initializer, Sizes
+from flaxstab.blocks._residual import Add, Residual, start_at_zero
 from flaxstab.linear import Conv
 
 Function = Callable[[Array], Array]
@@ -48,40 +48,55 @@ def check_choices(norm: MakeNorm | None, act: Function | None) -> None:
     )
 
 
-def residual(x: Array, branch: Function, skip: Function | None) -> Array:
-    """Returns ``branch(x) + skip(x)``; without a skip the input itself is added.
-
-    Args:
-      x: the block's input.
-      branch: what is learned.
-      skip: brings the input to the shape of the branch's output, where it differs.
-
-    Returns:
-      An array of the shape and dtype of the branch's output.
-    """
-    y = branch(x)
-    return y + jnp.asarray(x if skip is None else skip(x), y.dtype)
-
-
 class Parts(NamedTuple):
     """Makes the layers of one block, all with the same settings."""
 
     make_norm: MakeNorm
     kernel_init: Initializer | None
+    residual: Residual
     dtype: DTypeLike | None
     param_dtype: DTypeLike
     rngs: nnx.Rngs
 
-    def conv(self, in_ch: int, out_ch: int, window: int, stride: int = 1) -> Conv:
-        """Returns a convolution without bias that keeps the image's size at stride 1."""
+    def conv(
+        self, in_ch: int, out_ch: int, window: Sizes, stride: int = 1, *, last: bool = False
+    ) -> Conv:
+        """Returns a convolution without bias that keeps the image's size at stride 1.
+
+        Args:
+          in_ch: channels of the input.
+          out_ch: channels of the output.
+          window: its odd size.
+          stride: its step.
+          last: whether it ends a branch, which may have to start at zero.
+        """
         init = self.kernel_init or initializers.kaiming_normal(nonlinearity="relu")
+        init = initializers.zeros if last and self.residual.zero_init else init
+        sizes = window if isinstance(window, tuple) else (window, window)
         return Conv(
-            in_ch, out_ch, window, stride, padding=window // 2, bias=False, kernel_init=init,
-            dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs,
+            in_ch, out_ch, sizes, stride, padding=tuple(size // 2 for size in sizes), bias=False,
+            kernel_init=init, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs,
         )  # fmt: skip
 
-    def norm(self, channels: int) -> nnx.Module:
-        """Returns a norm for the given number of channels."""
-        return self.make_norm(
+    def norm(self, channels: int, *, last: bool = False) -> nnx.Module:
+        """Returns a norm for the given number of channels; ``last`` as in :meth:`conv`."""
+        made = self.make_norm(
             channels, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs
         )
+        if last and self.residual.zero_init:
+            start_at_zero(made)
+        return made
+
+    def add(self, channels: int) -> Add:
+        """Returns what adds the branch to the skip."""
+        return Add(self.residual, channels, param_dtype=self.param_dtype, rngs=self.rngs)
+
+    def projection(self, in_ch: int, out_ch: int, stride: int) -> Conv | None:
+        """Returns the skip's 1x1 convolution where the shape changes."""
+        changes = stride != 1 or in_ch != out_ch
+        return self.conv(in_ch, out_ch, 1, stride) if changes else None
+
+    def downsample(self, in_ch: int, out_ch: int, stride: int) -> nnx.Sequential | None:
+        """Returns the skip's 1x1 convolution with a norm where the shape changes."""
+        convolution = self.projection(in_ch, out_ch, stride)
+        return None if convolution is None else nnx.Sequential(convolution, self.norm(out_ch))

@@ -8,7 +8,16 @@ from flax import nnx
 from flaxstab import functional
 from flaxstab._checks import check, check_positive
 from flaxstab._typing import Array, DTypeLike, Initializer
-from flaxstab.blocks._parts import Function, MakeNorm, Parts, check_choices, residual
+from flaxstab.blocks._parts import Function, MakeNorm, Parts, check_choices
+from flaxstab.blocks._residual import Residual
+from flaxstab.blocks._wiring import (
+    Projects,
+    check_projects,
+    ended,
+    joined,
+    normed_conv,
+    projected,
+)
 from flaxstab.dropout import ChannelDropout
 from flaxstab.linear._base import check_rngs
 from flaxstab.norms import BatchNorm, GroupNorm
@@ -30,6 +39,7 @@ class BasicBlock(nnx.Module):
       act: the activation; ``None`` = ReLU.
       kernel_init: draws the convolutions' kernels; ``None`` = He normal, fan in, as in the
         documents. (torchvision's ResNet takes the fan out.)
+      residual: how the branch is added; ``None`` = plainly.
       dtype: dtype of computation and output; ``None`` = the input's.
       param_dtype: dtype of parameters and statistics.
       rngs: source of the keys; the ``params`` stream is used.
@@ -62,28 +72,27 @@ class BasicBlock(nnx.Module):
         norm: MakeNorm | None = None,
         act: Function | None = None,
         kernel_init: Initializer | None = None,
+        residual: Residual | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
         check_positive(in_ch=in_ch, out_ch=out_ch, stride=stride)
         check_choices(norm, act)
-        parts = Parts(norm or BatchNorm, kernel_init, dtype, param_dtype, check_rngs(rngs))
+        wiring = residual or Residual()
+        parts = Parts(norm or BatchNorm, kernel_init, wiring, dtype, param_dtype, check_rngs(rngs))
         self.conv1 = parts.conv(in_ch, out_ch, 3, stride)
         self.bn1 = parts.norm(out_ch)
         self.conv2 = parts.conv(out_ch, out_ch, 3)
-        self.bn2 = parts.norm(out_ch)
+        self.bn2 = parts.norm(out_ch, last=True)
         self.act = act or functional.relu
-        changes = stride != 1 or in_ch != out_ch
-        projection = (parts.conv(in_ch, out_ch, 1, stride), parts.norm(out_ch)) if changes else ()
-        self.downsample = nnx.data(nnx.Sequential(*projection) if changes else None)
+        self.downsample = nnx.data(parts.downsample(in_ch, out_ch, stride))
+        self.add = parts.add(out_ch)
 
     def __call__(self, x: Array) -> Array:
         """Maps ``(N, H, W, in_ch)`` to ``(N, H / stride, W / stride, out_ch)``, rounded up."""
-        return self.act(residual(x, self._branch, self.downsample))
-
-    def _branch(self, x: Array) -> Array:
-        return self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        h = normed_conv(self.bn1, self.act, self.conv2, self.conv1(x))
+        return joined(self.bn2, self.act, self.add, h, x, self.downsample)
 
 
 class PreActResBlock(nnx.Module):
@@ -103,6 +112,9 @@ class PreActResBlock(nnx.Module):
       norm: builds each norm; ``None`` = :class:`flaxstab.norms.GroupNorm`.
       act: the activation; ``None`` = ReLU.
       kernel_init: draws the convolutions' kernels; ``None`` = He normal, fan in.
+      residual: how the branch is added; ``None`` = plainly.
+      projects: what the skip's convolution sees: ``'raw'`` = the input, as printed in the
+        document; ``'activated'`` = the normalised and activated input, as He et al. and timm.
       dtype: dtype of computation and output; ``None`` = the input's.
       param_dtype: dtype of the parameters.
       rngs: source of the keys, stream ``params``, and ``dropout`` if anything is dropped.
@@ -118,7 +130,7 @@ class PreActResBlock(nnx.Module):
       (2, 5, 5, 8)
 
     Differs from:
-      He et al. and timm, which project the activated input.
+      He et al. and timm, which project the activated input: ``projects="activated"``.
 
     Reference:
       K. He, X. Zhang, S. Ren, J. Sun, "Identity Mappings in Deep Residual Networks", 2016,
@@ -136,6 +148,8 @@ class PreActResBlock(nnx.Module):
         norm: MakeNorm | None = None,
         act: Function | None = None,
         kernel_init: Initializer | None = None,
+        residual: Residual | None = None,
+        projects: Projects = "raw",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
@@ -149,21 +163,20 @@ class PreActResBlock(nnx.Module):
             out_ch=out_ch,
         )
         check_choices(norm, act)
-        make_norm = norm or functools.partial(GroupNorm, groups)
-        parts = Parts(make_norm, kernel_init, dtype, param_dtype, check_rngs(rngs))
+        check_projects(projects)
+        make_norm, wiring = norm or functools.partial(GroupNorm, groups), residual or Residual()
+        parts = Parts(make_norm, kernel_init, wiring, dtype, param_dtype, check_rngs(rngs))
         self.norm1 = parts.norm(in_ch)
         self.conv1 = parts.conv(in_ch, out_ch, 3, stride)
         self.norm2 = parts.norm(out_ch)
-        self.conv2 = parts.conv(out_ch, out_ch, 3)
+        self.conv2 = parts.conv(out_ch, out_ch, 3, last=True)
         self.act = act or functional.relu
+        self.projects = projects
         self.drop = ChannelDropout(drop, dtype=dtype, rngs=rngs if drop else None)
-        changes = stride != 1 or in_ch != out_ch
-        self.skip = nnx.data(parts.conv(in_ch, out_ch, 1, stride) if changes else None)
+        self.skip = nnx.data(parts.projection(in_ch, out_ch, stride))
+        self.add = parts.add(out_ch)
 
     def __call__(self, x: Array) -> Array:
         """Maps ``(N, H, W, in_ch)`` to ``(N, H / stride, W / stride, out_ch)``, rounded up."""
-        return residual(x, self._branch, self.skip)
-
-    def _branch(self, x: Array) -> Array:
-        h = self.conv1(self.act(self.norm1(x)))
-        return self.drop(self.conv2(self.act(self.norm2(h))))
+        h, skip = projected(self.norm1, self.act, self.conv1, x, self.skip, self.projects)
+        return ended(self.norm2, self.act, self.conv2, self.drop, self.add, h, skip)

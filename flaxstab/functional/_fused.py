@@ -57,14 +57,15 @@ def norm_add_act(
     Raises:
       ValueError: if ``residual`` has another shape than ``x``.
     """
-    check(
-        residual.shape == x.shape,
-        "residual must have the shape of x",
-        residual=residual.shape,
-        x=x.shape,
-    )
+    check_residual(residual, x)
     add_act = recomputed(lambda x, r: _on_values(lambda y: act(y + r), norm(x)))
     return add_act(x, residual)
+
+
+def check_residual(residual: Array, x: Array) -> None:
+    """Raises a ``ValueError`` unless what is added has the shape of the input."""
+    rule = "residual must have the shape of x"
+    check(residual.shape == x.shape, rule, residual=residual.shape, x=x.shape)
 
 
 def _on_values(function: Callable[[Array], Array], found: Normalized) -> Normalized:

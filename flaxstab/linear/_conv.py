@@ -1,6 +1,7 @@
 """Convolution layers."""
 
 import math
+from functools import partial
 from typing import Literal
 
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ from flax import nnx
 
 from flaxstab import functional, initializers
 from flaxstab._checks import check, check_last_axis, check_positive, per_axis
-from flaxstab._dtypes import cast, floating, output_dtype
+from flaxstab._dtypes import floating, output_dtype
 from flaxstab._typing import Array, DTypeLike, Initializer, Shape, Sizes
 from flaxstab.functional._linear import PaddingMode, conv_options
+from flaxstab.functional._recompute import with_parameters
 from flaxstab.functional._transposed import transposed_options, transposed_space
 from flaxstab.linear._base import drawn, drawn_bias
 
@@ -111,16 +113,15 @@ class Conv(nnx.Module):
         check_last_axis("in_channels", self.in_channels, x.shape)
         dtype = output_dtype(x, self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return functional.conv(
-            jnp.asarray(x, dtype),
-            jnp.asarray(self.kernel[...], dtype),
-            cast(bias, dtype),
+        conv = partial(
+            functional.conv,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
             padding_mode=self.padding_mode,
         )
+        return with_parameters(conv, jnp.asarray(x, dtype), self.kernel[...], bias, dtype=dtype)
 
 
 class ConvTranspose(nnx.Module):
@@ -215,16 +216,15 @@ class ConvTranspose(nnx.Module):
         check_last_axis("in_channels", self.in_channels, x.shape)
         dtype = output_dtype(x, self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return functional.conv_transpose(
-            jnp.asarray(x, dtype),
-            jnp.asarray(self.kernel[...], dtype),
-            cast(bias, dtype),
+        conv = partial(
+            functional.conv_transpose,
             stride=self.stride,
             padding=self.padding,
             output_padding=self._output_padding(x.shape, output_size),
             groups=self.groups,
             dilation=self.dilation,
         )
+        return with_parameters(conv, jnp.asarray(x, dtype), self.kernel[...], bias, dtype=dtype)
 
     def _output_padding(self, shape: Shape, output_size: Sizes | None) -> Shape:
         if output_size is None:

@@ -5,8 +5,9 @@ from flax import nnx
 
 from flaxstab import functional, initializers
 from flaxstab._checks import check_last_axis, check_positive
-from flaxstab._dtypes import cast, floating, output_dtype
+from flaxstab._dtypes import floating, output_dtype
 from flaxstab._typing import Array, DTypeLike, Initializer
+from flaxstab.functional._recompute import with_parameters
 from flaxstab.linear._base import drawn, drawn_bias
 
 
@@ -65,6 +66,5 @@ class Linear(nnx.Module):
         check_last_axis("in_features", self.in_features, x.shape)
         dtype = output_dtype(x, self.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return functional.linear(
-            jnp.asarray(x, dtype), jnp.asarray(self.kernel[...], dtype), cast(bias, dtype)
-        )
+        arrays = (jnp.asarray(x, dtype), self.kernel[...], bias)
+        return with_parameters(functional.linear, *arrays, dtype=dtype)

@@ -8,6 +8,7 @@ from flaxstab._checks import check_last_axis, check_positive
 from flaxstab._dtypes import floating, output_dtype
 from flaxstab._typing import Array, DTypeLike, Initializer
 from flaxstab.functional._embedding import row_index
+from flaxstab.functional._recompute import with_parameters
 from flaxstab.linear._base import drawn
 
 
@@ -81,5 +82,5 @@ class Embed(nnx.Module):
         """
         check_last_axis("embedding_dim", self.embedding_dim, query.shape)
         dtype = output_dtype(query, self.dtype)
-        table = jnp.asarray(self.embedding[...], dtype)
-        return functional.linear(jnp.asarray(query, dtype), table.T)
+        arrays = (jnp.asarray(query, dtype), self.embedding[...])
+        return with_parameters(lambda x, t: functional.linear(x, t.T), *arrays, dtype=dtype)

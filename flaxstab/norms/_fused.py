@@ -1,12 +1,15 @@
 """A norm and what follows it as one step, for layers."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
-import jax
 from flax import nnx
 
-from flaxstab import functional
-from flaxstab._typing import Array
+from flaxstab._typing import Array, PyTree
+from flaxstab.functional._fused import check_residual
+from flaxstab.functional._recompute import recomputed
+
+Result = TypeVar("Result", bound=PyTree)
 
 
 def norm_act(layer: nnx.Module, act: Callable[[Array], Array], x: Array) -> Array:
@@ -32,9 +35,7 @@ def norm_act(layer: nnx.Module, act: Callable[[Array], Array], x: Array) -> Arra
       >>> int(layer.count[...])
       1
     """
-    y, statistics = functional.norm_act(_pure(layer), act, x)
-    nnx.update(layer, statistics)
-    return y
+    return region(lambda layer, x: act(layer(x)), (layer,), x)
 
 
 def norm_add_act(
@@ -54,18 +55,28 @@ def norm_add_act(
     Raises:
       ValueError: if ``residual`` has another shape than ``x``.
     """
-    y, statistics = functional.norm_add_act(_pure(layer), act, x, residual)
-    nnx.update(layer, statistics)
+    check_residual(residual, x)
+    return region(lambda layer, x, r: act(layer(x) + r), (layer,), x, residual)
+
+
+def region(call: Callable[..., Result], layers: tuple[nnx.Module, ...], *arrays: Array) -> Result:
+    """Returns ``call(*layers, *arrays)`` and keeps only the arrays for the backward pass.
+
+    What is computed inside is computed again there, but for batch normalisation's statistics. It
+    updates the layers' running statistics; random keys must come in as arrays.
+
+    Args:
+      call: a function of the layers and the arrays to an array, or a tree of arrays.
+      layers: what it uses: their parameters live anyway, and are not copied.
+      *arrays: its inputs.
+    """
+    graph, state = nnx.split(layers)
+
+    def run(state: PyTree, *arrays: Array) -> tuple[Result, PyTree]:
+        own = nnx.merge(graph, state)
+        y = call(*own, *arrays)
+        return y, nnx.state(own, nnx.Not(nnx.Param))
+
+    y, statistics = recomputed(run)(state, *arrays)
+    nnx.update(layers, statistics)
     return y
-
-
-def _pure(layer: nnx.Module) -> Callable[[Array], tuple[Array, object]]:
-    """Returns a layer as a function to its output and its statistics after it."""
-    graph, state = nnx.split(layer)
-
-    def run(x: Array) -> tuple[Array, object]:
-        # With variables of its own: those of the layer must not change in here.
-        copy = nnx.merge(graph, jax.tree.map(lambda array: array, state))
-        return copy(x), nnx.state(copy, nnx.BatchStat)
-
-    return run

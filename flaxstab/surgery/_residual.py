@@ -8,7 +8,7 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import Array
-from flaxstab.blocks import BasicBlock, PreActResBlock
+from flaxstab.blocks import BasicBlock, Bottleneck, PreActBottleneck, PreActResBlock
 from flaxstab.surgery._walk import check_model
 
 _Path = tuple[object, ...]
@@ -59,6 +59,8 @@ def refuse_post_norm(block: nnx.Module) -> NoReturn:
 
 _RESIDUAL: dict[type[nnx.Module], _Last] = {
     BasicBlock: lambda block: last_parameters(block.bn2),
+    Bottleneck: lambda block: last_parameters(block.bn3),
+    PreActBottleneck: lambda block: last_parameters(block.conv3),
     PreActResBlock: lambda block: last_parameters(block.conv2),
 }
 
