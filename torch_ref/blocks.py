@@ -93,12 +93,16 @@ class TransformerBlock(nn.Module):
         nhead: Heads.
         d_ff: Width of the feed-forward part in units of ``d``.
         p_drop: Dropout of the attention weights and of both feed-forward layers.
+        out_drop: Dropout behind the attention, where the document has none and GPT-2 has one.
     """
 
-    def __init__(self, d: int, nhead: int = 8, d_ff: int = 4, p_drop: float = 0.1) -> None:
+    def __init__(
+        self, d: int, nhead: int = 8, d_ff: int = 4, p_drop: float = 0.1, out_drop: float = 0.0
+    ) -> None:
         super().__init__()
         self.ln1 = nn.LayerNorm(d)
         self.attn = nn.MultiheadAttention(d, nhead, dropout=p_drop, batch_first=True)
+        self.drop = nn.Dropout(out_drop)
         self.ln2 = nn.LayerNorm(d)
         self.ff = feed_forward(d, d * d_ff, p_drop)
         self.apply(lambda module: init_layer(module, nonlin="gelu"))
@@ -120,5 +124,5 @@ class TransformerBlock(nn.Module):
         attended, _ = self.attn(
             h, h, h, key_padding_mask=key_padding_mask, need_weights=False, attn_mask=attn_mask
         )
-        x = x + attended
+        x = x + self.drop(attended)
         return x + self.ff(self.ln2(x))

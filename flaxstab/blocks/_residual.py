@@ -1,6 +1,7 @@
 """The residual wiring of every block, in one place."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -95,6 +96,27 @@ def _gamma(initial: float | None, features: int, param_dtype: DTypeLike) -> nnx.
         return None
     dtype = floating("param_dtype", param_dtype)
     return nnx.Param(jnp.full(features, initial, dtype), role="layer_scale")
+
+
+def wired(
+    branch: Callable[[nnx.Module | None, Array], Array],
+    norm: nnx.Module,
+    add: Add,
+    x: Array,
+    *,
+    norm_first: bool,
+) -> Array:
+    """Joins a sublayer to its input: ``x + branch(norm(x))``, or ``norm(x + branch(x))``.
+
+    Args:
+      branch: from a norm, or ``None`` for none, and the input to what is added. It applies the
+        norm itself, as one step with what follows.
+      norm: the sublayer's norm.
+      add: adds the branch.
+      x: the input.
+      norm_first: whether the branch sees its input through the norm.
+    """
+    return add(x, branch(norm, x)) if norm_first else norm(add(x, branch(None, x)))
 
 
 def start_at_zero(norm: nnx.Module) -> None:

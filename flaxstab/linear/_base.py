@@ -26,15 +26,28 @@ def check_rngs(rngs: nnx.Rngs | None) -> nnx.Rngs:
 
 
 def drawn(
-    rngs: nnx.Rngs | None, init: Initializer, shape: Shape, dtype: DTypeLike
+    rngs: nnx.Rngs | None,
+    init: Initializer,
+    shape: Shape,
+    dtype: DTypeLike,
+    *,
+    role: str | None = None,
 ) -> nnx.Param[Array]:
     """Draws a parameter.
+
+    Args:
+      rngs: source of the key; the ``params`` stream is used.
+      init: draws it.
+      shape: its shape.
+      dtype: its dtype.
+      role: what it is, where neither the layer's type nor its name tells: kept as metadata.
 
     Raises:
       ValueError: if ``rngs`` is missing or no source, or ``dtype`` is no floating-point one.
     """
     key = check_rngs(rngs).params()
-    return nnx.Param(init(key, shape, floating("param_dtype", dtype)))
+    value = init(key, shape, floating("param_dtype", dtype))
+    return nnx.Param(value) if role is None else nnx.Param(value, role=role)
 
 
 def drawn_bias(
