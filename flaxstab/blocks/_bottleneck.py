@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxstab import functional
 from flaxstab._checks import check_positive
 from flaxstab._typing import Array, DTypeLike, Initializer
-from flaxstab.blocks._parts import Function, MakeNorm, Parts, check_choices
+from flaxstab.blocks._parts import Function, MakeNorm, chosen
 from flaxstab.blocks._residual import Residual
 from flaxstab.blocks._wiring import (
     Projects,
@@ -17,7 +16,6 @@ from flaxstab.blocks._wiring import (
     projected,
 )
 from flaxstab.dropout import ChannelDropout
-from flaxstab.linear._base import check_rngs
 from flaxstab.norms import BatchNorm
 
 EXPANSION = 4
@@ -73,9 +71,8 @@ class Bottleneck(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> None:
         check_positive(in_ch=in_ch, width=width, stride=stride)
-        check_choices(norm, act)
-        wiring = residual or Residual()
-        parts = Parts(norm or BatchNorm, kernel_init, wiring, dtype, param_dtype, check_rngs(rngs))
+        options = (norm, act, kernel_init, residual, dtype, param_dtype, rngs)
+        parts = chosen(BatchNorm, *options)
         out_ch = EXPANSION * width
         self.conv1 = parts.conv(in_ch, width, 1)
         self.bn1 = parts.norm(width)
@@ -83,7 +80,7 @@ class Bottleneck(nnx.Module):
         self.bn2 = parts.norm(width)
         self.conv3 = parts.conv(width, out_ch, 1)
         self.bn3 = parts.norm(out_ch, last=True)
-        self.act = act or functional.relu
+        self.act = parts.act
         self.downsample = nnx.data(parts.downsample(in_ch, out_ch, stride))
         self.add = parts.add(out_ch)
 
@@ -148,10 +145,9 @@ class PreActBottleneck(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> None:
         check_positive(in_ch=in_ch, width=width, stride=stride)
-        check_choices(norm, act)
         check_projects(projects)
-        wiring = residual or Residual()
-        parts = Parts(norm or BatchNorm, kernel_init, wiring, dtype, param_dtype, check_rngs(rngs))
+        options = (norm, act, kernel_init, residual, dtype, param_dtype, rngs)
+        parts = chosen(BatchNorm, *options)
         out_ch = EXPANSION * width
         self.norm1 = parts.norm(in_ch)
         self.conv1 = parts.conv(in_ch, width, 1)
@@ -159,7 +155,7 @@ class PreActBottleneck(nnx.Module):
         self.conv2 = parts.conv(width, width, 3, stride)
         self.norm3 = parts.norm(width)
         self.conv3 = parts.conv(width, out_ch, 1, last=True)
-        self.act = act or functional.relu
+        self.act = parts.act
         self.projects = projects
         self.drop = ChannelDropout(drop, dtype=dtype, rngs=rngs if drop else None)
         self.skip = nnx.data(parts.projection(in_ch, out_ch, stride))

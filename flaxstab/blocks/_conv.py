@@ -1,29 +1,28 @@
 """A convolution with what follows it."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from flaxstab import functional
 from flaxstab._checks import check, check_positive
 from flaxstab._typing import Array, DTypeLike, Initializer, Sizes
-from flaxstab.blocks._parts import Function, MakeNorm, Parts, check_choices
-from flaxstab.blocks._residual import Residual
+from flaxstab.blocks._parts import Function, MakeNorm, chosen
 from flaxstab.dropout import Dropout
-from flaxstab.linear._base import check_rngs
 from flaxstab.norms import BatchNorm, norm_act
 
 
 class ConvNormAct(nnx.Module):
     """Convolution without bias, norm, activation, dropout: in the order of document 2, E-2 and J.
 
-    As ``torchvision.ops.Conv2dNormActivation``: the norm's bias serves as the convolution's, and
-    the padding keeps the image's size at stride 1. The norm's statistics do not see the dropout.
-    For the backward pass it keeps its input and the convolution's output.
+    Same result as ``torchvision.ops.Conv2dNormActivation`` and its 3-D sibling, and then dropout:
+    the norm's bias serves as the convolution's, and the padding keeps the image's size at stride 1.
+    The norm's statistics do not see the dropout. For the backward pass it keeps its input and the
+    convolution's output.
 
     Args:
       in_ch: channels of the input.
       out_ch: channels of the output.
-      kernel_size: the window, odd; a tuple has one entry per spatial axis.
+      kernel_size: the window, odd; an integer means two axes, a tuple has one entry per axis.
       stride: step of the window.
       drop: the probability of dropping an element behind the activation.
       norm: builds the norm; ``None`` = :class:`flaxstab.norms.BatchNorm`.
@@ -34,8 +33,8 @@ class ConvNormAct(nnx.Module):
       rngs: source of the keys, stream ``params``, and ``dropout`` if anything is dropped.
 
     Raises:
-      ValueError: if a size is below 1 or even, ``drop`` is outside [0, 1], ``norm`` or ``act`` is
-        no function, or ``rngs`` is missing.
+      ValueError: if a size is below 1, the window is even, ``drop`` is outside [0, 1], ``norm`` or
+        ``act`` is no function, or ``rngs`` is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,15 +60,13 @@ class ConvNormAct(nnx.Module):
     ) -> None:
         check_positive(in_ch=in_ch, out_ch=out_ch, stride=stride)
         sizes = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,)
-        odd = all(size % 2 == 1 for size in sizes)
-        check(odd, "kernel_size must be odd", kernel_size=kernel_size)
-        check_choices(norm, act)
-        parts = Parts(
-            norm or BatchNorm, kernel_init, Residual(), dtype, param_dtype, check_rngs(rngs)
-        )
+        odd = all(isinstance(size, int | np.integer) and size % 2 == 1 for size in sizes)
+        rule = "kernel_size must be an odd integer or a tuple of such"
+        check(odd, rule, kernel_size=kernel_size)
+        parts = chosen(BatchNorm, norm, act, kernel_init, None, dtype, param_dtype, rngs)
         self.conv = parts.conv(in_ch, out_ch, kernel_size, stride)
         self.norm = parts.norm(out_ch)
-        self.act = act or functional.relu
+        self.act = parts.act
         self.drop = Dropout(drop, dtype=dtype, rngs=rngs if drop else None)
 
     def __call__(self, x: Array) -> Array:

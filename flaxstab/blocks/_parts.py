@@ -5,11 +5,12 @@ from typing import NamedTuple, Protocol
 
 from flax import nnx
 
-from flaxstab import initializers
+from flaxstab import functional, initializers
 from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike, Initializer, Sizes
 from flaxstab.blocks._residual import Add, Residual, start_at_zero
 from flaxstab.linear import Conv
+from flaxstab.linear._base import check_rngs
 
 Function = Callable[[Array], Array]
 
@@ -32,26 +33,11 @@ class MakeNorm(Protocol):
         """Returns a layer for the given number of channels."""
 
 
-def check_choices(norm: MakeNorm | None, act: Function | None) -> None:
-    """Raises a ``ValueError`` unless both are ``None`` or functions."""
-    check(
-        norm is None or (callable(norm) and not isinstance(norm, nnx.Module)),
-        "norm must be a function that builds a norm",
-        fix="Pass e.g. functools.partial(norms.GroupNorm, 8): each norm is built anew.",
-        norm=norm if isinstance(norm, str) else type(norm).__name__,
-    )
-    check(
-        act is None or (callable(act) and not isinstance(act, type)),
-        "act must be a function of an array",
-        fix="Pass e.g. flaxstab.functional.relu.",
-        act=act,
-    )
-
-
 class Parts(NamedTuple):
-    """Makes the layers of one block, all with the same settings."""
+    """Makes the layers of one block, all with the same settings; :func:`chosen` checks them."""
 
     make_norm: MakeNorm
+    act: Function
     kernel_init: Initializer | None
     residual: Residual
     dtype: DTypeLike | None
@@ -100,3 +86,48 @@ class Parts(NamedTuple):
         """Returns the skip's 1x1 convolution with a norm where the shape changes."""
         convolution = self.projection(in_ch, out_ch, stride)
         return None if convolution is None else nnx.Sequential(convolution, self.norm(out_ch))
+
+
+def chosen(
+    default_norm: MakeNorm,
+    norm: MakeNorm | None,
+    act: Function | None,
+    kernel_init: Initializer | None,
+    residual: Residual | None,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs | None,
+) -> Parts:
+    """Returns what makes a block's layers, from the block's own arguments.
+
+    Raises:
+      ValueError: if ``norm`` or ``act`` is no function, ``residual`` is something else than its
+        name says, or ``rngs`` is missing.
+    """
+    check(
+        norm is None or (callable(norm) and not isinstance(norm, nnx.Module)),
+        "norm must be a function that builds a norm",
+        fix="Pass e.g. functools.partial(norms.GroupNorm, 8): each norm is built anew.",
+        norm=norm if isinstance(norm, str) else type(norm).__name__,
+    )
+    check(
+        act is None or (callable(act) and not isinstance(act, type)),
+        "act must be a function of an array",
+        fix="Pass e.g. flaxstab.functional.relu.",
+        act=act,
+    )
+    check(
+        residual is None or isinstance(residual, Residual),
+        "residual must be a blocks.Residual",
+        fix="Pass e.g. blocks.Residual(scale=0.1).",
+        residual=residual,
+    )
+    return Parts(
+        norm or default_norm,
+        act or functional.relu,
+        kernel_init,
+        residual or Residual(),
+        dtype,
+        param_dtype,
+        check_rngs(rngs),
+    )

@@ -18,7 +18,7 @@ class Residual:
     """How a block adds its branch: ``x + drop_path(scale * gamma * branch)``.
 
     Args:
-      scale: constant factor of the branch; document 2 (B-6, G) names 0.1.
+      scale: constant factor of the branch, not 0; document 2 (B-6, G) names 0.1.
       layer_scale: initial value of a learned factor per channel (LayerScale); ``None`` = none.
       drop_path: the probability of dropping a sample's whole branch in training, in [0, 1].
       zero_init: whether the branch starts at zero: the last convolution or linear layer of a
@@ -26,7 +26,8 @@ class Residual:
         :func:`flaxstab.surgery.zero_last_gamma` does to a built model.
 
     Raises:
-      ValueError: if a number is not finite or ``drop_path`` lies outside [0, 1].
+      ValueError: if a number is not finite, ``scale`` is 0 (the branch would never train), or
+        ``drop_path`` lies outside [0, 1].
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,8 +51,17 @@ class Residual:
     zero_init: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("scale", self.scale), ("layer_scale", self.layer_scale or 0.0)):
-            check(math.isfinite(value), f"{name} must be a finite number", **{name: value})
+        check(
+            math.isfinite(self.scale) and self.scale != 0,
+            "scale must be a finite number other than 0",
+            fix="For a branch that starts at 0 and trains, pass zero_init=True.",
+            scale=self.scale,
+        )
+        check(
+            self.layer_scale is None or math.isfinite(self.layer_scale),
+            "layer_scale must be a finite number or None",
+            layer_scale=self.layer_scale,
+        )
         check_probability(drop_path=self.drop_path)
 
 
@@ -120,15 +130,17 @@ def wired(
 
 
 def start_at_zero(norm: nnx.Module) -> None:
-    """Sets the scale of a block's last norm to 0, in place.
+    """Sets scale and bias of a block's last norm to 0, in place.
 
     Raises:
-      ValueError: if it has none.
+      ValueError: if it has no scale that trains.
     """
-    scale = vars(norm).get("scale")
-    if not isinstance(scale, nnx.Variable):
+    scale, bias = (vars(norm).get(name) for name in ("scale", "bias"))
+    if not isinstance(scale, nnx.Param):
         raise ValueError(
-            "zero_init needs a last norm with a scale, "
+            "zero_init needs a last norm whose scale trains, "
             f"got {type(norm).__name__} without one. Give the norm affine parameters."
         )
-    scale[...] = jnp.zeros_like(scale[...])
+    for parameter in (scale, bias):
+        if isinstance(parameter, nnx.Param):
+            parameter[...] = jnp.zeros_like(parameter[...])

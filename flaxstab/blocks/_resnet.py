@@ -5,10 +5,9 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxstab import functional
 from flaxstab._checks import check, check_positive
 from flaxstab._typing import Array, DTypeLike, Initializer
-from flaxstab.blocks._parts import Function, MakeNorm, Parts, check_choices
+from flaxstab.blocks._parts import Function, MakeNorm, chosen
 from flaxstab.blocks._residual import Residual
 from flaxstab.blocks._wiring import (
     Projects,
@@ -19,7 +18,6 @@ from flaxstab.blocks._wiring import (
     projected,
 )
 from flaxstab.dropout import ChannelDropout
-from flaxstab.linear._base import check_rngs
 from flaxstab.norms import BatchNorm, GroupNorm
 
 
@@ -42,7 +40,7 @@ class BasicBlock(nnx.Module):
       residual: how the branch is added; ``None`` = plainly.
       dtype: dtype of computation and output; ``None`` = the input's.
       param_dtype: dtype of parameters and statistics.
-      rngs: source of the keys; the ``params`` stream is used.
+      rngs: source of the keys; the ``params`` stream, and ``dropout`` if paths are dropped.
 
     Raises:
       ValueError: if a size is below 1, ``norm`` or ``act`` is no function, or ``rngs`` is missing.
@@ -78,14 +76,13 @@ class BasicBlock(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> None:
         check_positive(in_ch=in_ch, out_ch=out_ch, stride=stride)
-        check_choices(norm, act)
-        wiring = residual or Residual()
-        parts = Parts(norm or BatchNorm, kernel_init, wiring, dtype, param_dtype, check_rngs(rngs))
+        options = (norm, act, kernel_init, residual, dtype, param_dtype, rngs)
+        parts = chosen(BatchNorm, *options)
         self.conv1 = parts.conv(in_ch, out_ch, 3, stride)
         self.bn1 = parts.norm(out_ch)
         self.conv2 = parts.conv(out_ch, out_ch, 3)
         self.bn2 = parts.norm(out_ch, last=True)
-        self.act = act or functional.relu
+        self.act = parts.act
         self.downsample = nnx.data(parts.downsample(in_ch, out_ch, stride))
         self.add = parts.add(out_ch)
 
@@ -162,15 +159,14 @@ class PreActResBlock(nnx.Module):
             in_ch=in_ch,
             out_ch=out_ch,
         )
-        check_choices(norm, act)
         check_projects(projects)
-        make_norm, wiring = norm or functools.partial(GroupNorm, groups), residual or Residual()
-        parts = Parts(make_norm, kernel_init, wiring, dtype, param_dtype, check_rngs(rngs))
+        options = (norm, act, kernel_init, residual, dtype, param_dtype, rngs)
+        parts = chosen(functools.partial(GroupNorm, groups), *options)
         self.norm1 = parts.norm(in_ch)
         self.conv1 = parts.conv(in_ch, out_ch, 3, stride)
         self.norm2 = parts.norm(out_ch)
         self.conv2 = parts.conv(out_ch, out_ch, 3, last=True)
-        self.act = act or functional.relu
+        self.act = parts.act
         self.projects = projects
         self.drop = ChannelDropout(drop, dtype=dtype, rngs=rngs if drop else None)
         self.skip = nnx.data(parts.projection(in_ch, out_ch, stride))

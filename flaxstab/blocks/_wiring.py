@@ -5,7 +5,7 @@ post-activation block the input and the convolutions' outputs are kept, of a pre
 input and the outputs of all convolutions but the last (``test_what_a_block_keeps``).
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 from flax import nnx
 
@@ -51,7 +51,7 @@ def joined(
     """
     if downsample is None:
         return region(lambda norm, add, b, x: act(add(x, norm(b))), (norm, add), branch, x)
-    conv, skip_norm = downsample.layers
+    conv, skip_norm = downsample.layers[0], cast("nnx.Module", downsample.layers[1])
     return region(
         lambda norm, skip_norm, add, b, s: act(add(skip_norm(s), norm(b))),
         (norm, skip_norm, add),

@@ -62,8 +62,9 @@ def norm_add_act(
 def region(call: Callable[..., Result], layers: tuple[nnx.Module, ...], *arrays: Array) -> Result:
     """Returns ``call(*layers, *arrays)`` and keeps only the arrays for the backward pass.
 
-    What is computed inside is computed again there, but for batch normalisation's statistics. It
-    updates the layers' running statistics; random keys must come in as arrays.
+    What is computed inside is computed again there, but for batch normalisation's statistics.
+    Running statistics and random streams of the layers move as they would outside, and what a call
+    leaves alone is not written: in evaluation the layers may be closed over by a program.
 
     Args:
       call: a function of the layers and the arrays to an array, or a tree of arrays.
@@ -73,10 +74,17 @@ def region(call: Callable[..., Result], layers: tuple[nnx.Module, ...], *arrays:
     graph, state = nnx.split(layers)
 
     def run(state: PyTree, *arrays: Array) -> tuple[Result, PyTree]:
+        before = _values(state)  # now: a merged layer's variables are those of the state
         own = nnx.merge(graph, state)
         y = call(*own, *arrays)
-        return y, nnx.state(own, nnx.Not(nnx.Param))
+        after = nnx.state(own, nnx.Not(nnx.Param))
+        moved = {path for path, value in _values(after).items() if value is not before.get(path)}
+        return y, nnx.filter_state(after, lambda path, _: path in moved)
 
-    y, statistics = recomputed(run)(state, *arrays)
-    nnx.update(layers, statistics)
+    y, moved = recomputed(run)(state, *arrays)
+    nnx.update(layers, moved)
     return y
+
+
+def _values(state: PyTree) -> dict[tuple[object, ...], object]:
+    return {path: variable.get_value() for path, variable in nnx.to_flat_state(state)}
