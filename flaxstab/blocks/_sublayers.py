@@ -6,8 +6,6 @@ the heads' output, the sum behind the attention and the first linear layer's out
 input at four times its width (``test_what_a_transformer_block_keeps``).
 """
 
-from collections.abc import Callable
-
 from flax import nnx
 
 from flaxstab._typing import Array
@@ -16,9 +14,6 @@ from flaxstab.blocks._parts import Function
 from flaxstab.dropout import Dropout
 from flaxstab.linear import Linear
 from flaxstab.norms._fused import region
-
-Attend = Callable[..., Array]
-
 
 def attended(
     attn: MultiHeadAttention,
@@ -42,27 +37,34 @@ def attended(
       is_causal: as of the attention.
     """
     heads = _heads_of_itself(attn, norm, x) if memory is None else _heads(attn, norm, x, memory)
-    return attn.out(
-        attn.attend(
-            *heads, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal
-        )
-    )
+    mixed = attn.attend(
+        *heads, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+        dropout_key=attn.next_key(),
+    )  # fmt: skip
+    return attn.out(mixed)
 
 
 def _heads_of_itself(
     attn: MultiHeadAttention, norm: nnx.Module | None, x: Array
 ) -> tuple[Array, Array, Array]:
     if norm is None:
-        return attn.qkv(x)
-    return region(lambda attn, norm, x: attn.qkv(norm(x)), (attn, norm), x)
+        return attn.qkv(x, x, x)
+    return region(_of_itself, (attn, norm), x)
+
+
+def _of_itself(
+    attn: MultiHeadAttention, norm: nnx.Module, x: Array
+) -> tuple[Array, Array, Array]:
+    h = norm(x)
+    return attn.qkv(h, h, h)
 
 
 def _heads(
     attn: MultiHeadAttention, norm: nnx.Module | None, x: Array, memory: Array
 ) -> tuple[Array, Array, Array]:
     if norm is None:
-        return attn.qkv(x, memory)
-    return region(lambda attn, norm, x, m: attn.qkv(norm(x), m), (attn, norm), x, memory)
+        return attn.qkv(x, memory, memory)
+    return region(lambda attn, norm, x, m: attn.qkv(norm(x), m, m), (attn, norm), x, memory)
 
 
 def fed_forward(
