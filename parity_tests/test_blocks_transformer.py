@@ -1,7 +1,6 @@
 """The Transformer blocks against ``torch_ref`` and ``torch.nn``."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from flaxstab import blocks, dropout, initializers, interop, norms, optim, parity
-from flaxstab.dropout import Dropout
+from flaxstab import blocks, interop, parity
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same
 from torch_ref import blocks as theirs
@@ -175,7 +173,7 @@ class TorchTwo(torch.nn.Module):
         layers = feed_forward(D, 12, 0.3)
         names = ("fc1", "act", "drop1", "fc2", "drop2")
         self.mlp = torch.nn.Sequential(
-            __import__("collections").OrderedDict(zip(names, layers, strict=True))
+            OrderedDict(zip(names, layers, strict=True))
         )
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ def _activation(activation: Activation) -> Function:
         rule = "activation must be 'relu', 'gelu' or a function"
         check(activation in by_name, rule, activation=activation)
         return by_name[activation]
-    check_choices(None, activation)
+    check_choices(None, activation, None)
     return activation
 
 
@@ -160,7 +160,7 @@ class TransformerEncoderLayer(nnx.Module):
     ) -> None:
         check_positive(d_model=d_model, nhead=nhead, dim_feedforward=dim_feedforward)
         _check(batch_first, norm_first, residual)
-        check_choices(norm, None)
+        check_choices(norm, None, residual)
         parts = _Parts(
             d_model, nhead, dropout, bias, layer_norm_eps, norm, kernel_init,
             residual or Residual(), dtype, param_dtype, check_rngs(rngs),
@@ -265,7 +265,7 @@ class TransformerDecoderLayer(nnx.Module):
     ) -> None:
         check_positive(d_model=d_model, nhead=nhead, dim_feedforward=dim_feedforward)
         _check(batch_first, norm_first, residual)
-        check_choices(norm, None)
+        check_choices(norm, None, residual)
         parts = _Parts(
             d_model, nhead, dropout, bias, layer_norm_eps, norm, kernel_init,
             residual or Residual(), dtype, param_dtype, check_rngs(rngs),

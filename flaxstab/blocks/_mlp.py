@@ -58,7 +58,7 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> None:
         check_positive(in_features=in_features, hidden_features=hidden_features)
-        check_choices(None, act)
+        check_choices(None, act, None)
 
         def linear(size: int, out: int) -> Linear:
             return Linear(

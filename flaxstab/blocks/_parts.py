@@ -88,22 +88,8 @@ class Parts(NamedTuple):
         return None if convolution is None else nnx.Sequential(convolution, self.norm(out_ch))
 
 
-def chosen(
-    default_norm: MakeNorm,
-    norm: MakeNorm | None,
-    act: Function | None,
-    kernel_init: Initializer | None,
-    residual: Residual | None,
-    dtype: DTypeLike | None,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs | None,
-) -> Parts:
-    """Returns what makes a block's layers, from the block's own arguments.
-
-    Raises:
-      ValueError: if ``norm`` or ``act`` is no function, ``residual`` is something else than its
-        name says, or ``rngs`` is missing.
-    """
+def check_choices(norm: MakeNorm | None, act: Function | None, residual: Residual | None) -> None:
+    """Raises a ``ValueError`` unless each is ``None`` or what its name says."""
     check(
         norm is None or (callable(norm) and not isinstance(norm, nnx.Module)),
         "norm must be a function that builds a norm",
@@ -122,6 +108,25 @@ def chosen(
         fix="Pass e.g. blocks.Residual(scale=0.1).",
         residual=residual,
     )
+
+
+def chosen(
+    default_norm: MakeNorm,
+    norm: MakeNorm | None,
+    act: Function | None,
+    kernel_init: Initializer | None,
+    residual: Residual | None,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs | None,
+) -> Parts:
+    """Returns what makes a block's layers, from the block's own arguments.
+
+    Raises:
+      ValueError: if ``norm`` or ``act`` is no function, ``residual`` is something else than its
+        name says, or ``rngs`` is missing.
+    """
+    check_choices(norm, act, residual)
     return Parts(
         norm or default_norm,
         act or functional.relu,

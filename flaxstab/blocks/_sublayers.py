@@ -15,6 +15,7 @@ from flaxstab.dropout import Dropout
 from flaxstab.linear import Linear
 from flaxstab.norms._fused import region
 
+
 def attended(
     attn: MultiHeadAttention,
     norm: nnx.Module | None,
@@ -52,9 +53,7 @@ def _heads_of_itself(
     return region(_of_itself, (attn, norm), x)
 
 
-def _of_itself(
-    attn: MultiHeadAttention, norm: nnx.Module, x: Array
-) -> tuple[Array, Array, Array]:
+def _of_itself(attn: MultiHeadAttention, norm: nnx.Module, x: Array) -> tuple[Array, Array, Array]:
     h = norm(x)
     return attn.qkv(h, h, h)
 

@@ -81,7 +81,7 @@ class TransformerBlock(nnx.Module):
     ) -> None:
         check_positive(d=d, nhead=nhead, d_ff=d_ff)
         check_probability(p_drop=p_drop)
-        check_choices(norm, act)
+        check_choices(norm, act, residual)
         rngs, make_norm, wiring = check_rngs(rngs), norm or LayerNorm, residual or Residual()
         init = kernel_init or initializers.kaiming_normal(nonlinearity="relu")
         last = initializers.zeros if wiring.zero_init else init
