@@ -172,9 +172,7 @@ class TorchTwo(torch.nn.Module):
         self.post = encoder(dropout=0.3)
         layers = feed_forward(D, 12, 0.3)
         names = ("fc1", "act", "drop1", "fc2", "drop2")
-        self.mlp = torch.nn.Sequential(
-            OrderedDict(zip(names, layers, strict=True))
-        )
+        self.mlp = torch.nn.Sequential(OrderedDict(zip(names, layers, strict=True)))
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
         x = self.pre(x, key_padding_mask=padding)

@@ -15,7 +15,7 @@ from flaxstab.blocks import MakeNorm, Residual, TransformerBlock
 from flaxstab.dropout import Dropout
 from flaxstab.linear import Embed
 from flaxstab.linear._base import check_rngs, drawn
-from flaxstab.models._stack import Stack, run
+from flaxstab.models._stack import Chain
 from flaxstab.norms import LayerNorm
 
 
@@ -52,8 +52,10 @@ class TransformerLM(nnx.Module):
         behind the activation and behind both branches.
       norm: builds each norm; ``None`` = :class:`flaxstab.norms.LayerNorm`.
       residual: how every branch is added; ``None`` = plainly.
-      scan: whether the blocks are one :class:`Stack`: the program does not grow with depth.
-      remat: whether each block keeps its input alone for the backward pass, and is computed again.
+      scan: whether the blocks are stacked and run by a loop: the same weights and numbers from a
+        program that does not grow with depth. Parameters have other names: see :func:`stacked` and
+        :func:`unstacked`.
+      remat: whether the backward pass keeps each block's input only, and computes the rest again.
       dtype: dtype of computation and of the logits; ``None`` = ``param_dtype``.
       param_dtype: dtype of the parameters.
       rngs: source of the keys, stream ``params``, and ``dropout`` if anything is dropped.
@@ -110,9 +112,8 @@ class TransformerLM(nnx.Module):
                 rngs=rngs,
             )  # fmt: skip
 
-        blocks = nnx.List(block() for _ in range(size.depth))
-        self.blocks = Stack(blocks) if scan else blocks
-        self.remat = remat
+        blocks = (block() for _ in range(size.depth))
+        self.blocks = Chain(blocks, scan=scan, remat=remat)
         self.norm = make_norm(size.d, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, tokens: Array) -> Array:
@@ -127,7 +128,7 @@ class TransformerLM(nnx.Module):
         x = self.embed(tokens)
         position = self.position[: tokens.shape[1]]
         x = self.drop(x + aligned(position, x, x.dtype))
-        x = run(self.blocks, x, lambda block, x: block(x, is_causal=True), remat=self.remat)
+        x = self.blocks.run(lambda block, x: block(x, is_causal=True), x)
         return self.embed.attend(self.norm(x))
 
 

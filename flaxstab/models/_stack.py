@@ -1,104 +1,240 @@
-"""Depth: blocks one after the other, as a list or as one block with one more axis."""
+"""Blocks one behind the other: as they are, or stacked and run by one loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flaxstab._checks import check
-from flaxstab._typing import Array
+from flaxstab._checks import check, check_positive
+from flaxstab._typing import Array, PyTree
+from flaxstab.functional._recompute import recomputed
+from flaxstab.norms._fused import Layers, called, region
 
-Call = Callable[[nnx.Module, Array], Array]
+M = TypeVar("M", bound=nnx.Module)
 
 
 class Stack(nnx.Module):
-    """Equal blocks as one: every array of ``layers`` has the blocks along a new first axis.
+    """Equal blocks, run one behind the other by a loop that is compiled once.
 
-    :func:`run` takes the blocks in turn by ``nnx.scan``, so that the program does not grow with
-    depth. The numbers are those of the blocks: parameters, statistics and random streams are moved,
-    not drawn anew.
+    Every array of ``block`` has one more axis in front, with an entry for each block: parameters,
+    statistics, the keys of dropout. So a program of 48 blocks is as long as one of 4. Parameters
+    keep their roles for :func:`flaxstab.optim.decay_mask` and :mod:`flaxstab.surgery`.
 
     Args:
-      blocks: at least one, all of one structure and in one mode.
-
-    Attributes:
-      layers: the stacked block. It cannot be called as it is.
-      depth: how many blocks there are.
+      blocks: modules that map an array to one of its shape and dtype, equal but for the values of
+        their arrays, which are copied.
+      remat: whether the backward pass keeps each block's input only, and computes the rest again.
+      unroll: how many blocks one round of the loop holds.
 
     Raises:
-      ValueError: if the blocks differ in anything but the values of their arrays.
+      ValueError: if there is no block, two of them differ, or ``unroll`` is below 1.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from flaxstab import linear
-      >>> blocks = [linear.Linear(4, 4, rngs=nnx.Rngs(seed)) for seed in range(3)]
-      >>> stack = Stack(blocks)
-      >>> stack.layers.kernel[...].shape
-      (3, 4, 4)
-      >>> bool((run(stack, jnp.ones((2, 4))) == run(blocks, jnp.ones((2, 4)))).all())
-      True
+      >>> rngs = nnx.Rngs(0)
+      >>> stack = Stack([linear.Linear(4, 4, rngs=rngs) for _ in range(3)])
+      >>> stack.block.kernel.shape, stack(jnp.ones((2, 4))).shape
+      ((3, 4, 4), (2, 4))
+
+    Differs from:
+      blocks built by ``nnx.vmap`` and run by ``nnx.scan``: these start with the keys, and so the
+      weights, that they have in a list, and evaluation writes nothing.
     """
 
-    def __init__(self, blocks: Sequence[nnx.Module]) -> None:
+    def __init__(
+        self, blocks: Sequence[nnx.Module], *, remat: bool = False, unroll: int = 1
+    ) -> None:
         check(len(blocks) > 0, "a stack needs at least one block", blocks=len(blocks))
-        parts = [nnx.split(block) for block in blocks]
-        graph, state = parts[0]
-        for place, (other, values) in enumerate(parts):
-            same = other == graph and _shapes(values) == _shapes(state)
+        check_positive(unroll=unroll)
+        for number, block in enumerate(blocks):
+            difference = _difference(blocks[0], block)
             check(
-                same,
-                "the blocks of a stack must be equal but for their values",
-                fix="Leave the one that differs out of the stack.",
-                block=place,
+                not difference,
+                "stacked blocks must be equal but for the values of their arrays",
+                fix="Stack each run of equal blocks for itself.",
+                block=number,
+                differs_in=difference,
             )
-        states = [values for _, values in parts]
-        self.layers = nnx.merge(graph, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
-        self.depth = len(blocks)
+        together = jax.tree.map(lambda *a: jnp.stack(a), *[nnx.state(b) for b in blocks])
+        self.block = nnx.merge(nnx.graphdef(blocks[0]), together)
+        self.length = len(blocks)
+        self.remat = remat
+        self.unroll = unroll
 
-    def unstacked(self) -> list[nnx.Module]:
-        """Returns the blocks as they are now, each for itself, with copies of their arrays."""
-        graph, state = nnx.split(self.layers)
-        return [
-            nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
-            for i in range(self.depth)
-        ]
+    def __call__(self, x: Array, *inputs: PyTree) -> Array:
+        """Maps ``x`` through the blocks, each called ``block(x, *inputs)``."""
+        return self.run(lambda block, x: block(x, *inputs), x)
+
+    def run(self, call: Callable[..., Array], x: Array) -> Array:
+        """Maps ``x`` through the blocks by ``x = call(block, x)``.
+
+        Args:
+          call: a function of a block and an array to an array of the same shape and dtype.
+          x: the first block's input.
+        """
+        layers: Layers = (self.block,)
+        graph, state = nnx.split(layers)
+        plain: Callable[..., tuple[Array, PyTree]] = partial(called, call, graph)
+        step = recomputed(plain) if self.remat else plain
+        y, moved = jax.lax.scan(
+            lambda x, state: step(state, x), x, state, length=self.length, unroll=self.unroll
+        )
+        nnx.update(layers, moved)
+        return y
+
+    def blocks(self) -> list[nnx.Module]:
+        """Returns copies of the blocks, one by one."""
+        graph, state = nnx.split(self.block)
+        entries = (jax.tree.map(lambda a, i=i: a[i], state) for i in range(self.length))
+        return [nnx.merge(graph, entry) for entry in entries]
 
 
-def _shapes(state: nnx.State) -> list[tuple[object, object]]:  # type: ignore[type-arg]
-    return [(jnp.shape(leaf), leaf.dtype) for leaf in jax.tree.leaves(state)]
+class Chain(nnx.List[nnx.Module]):
+    """A list of blocks that run one behind the other; equal neighbours may be one :class:`Stack`.
 
-
-def run(
-    blocks: Stack | Sequence[nnx.Module],
-    x: Array,
-    call: Call = lambda block, x: block(x),
-    *,
-    remat: bool = False,
-) -> Array:
-    """Calls blocks one after the other, each with what the one before returned.
-
-    Running statistics and random streams move as in a loop.
+    Its blocks are named as in a ``torch.nn.Sequential`` or ``ModuleList``: ``layer1.0``,
+    ``layer1.1``. With ``scan=True`` each run of two or more equal blocks is one element, a stack,
+    and the names are others; :func:`unstacked` gives the blocks back.
 
     Args:
-      blocks: a list of blocks, or a stack, of which each must return the shape and dtype it gets.
-      x: what the first one gets.
-      call: how to call a block, where more than an array is needed. What it closes over must be
-        the same for all.
-      remat: whether each block keeps its input alone for the backward pass, and is computed again.
+      blocks: the modules, each called ``block(x, *inputs)``.
+      scan: whether equal neighbours are stacked.
+      remat: whether the backward pass keeps each block's input only, and computes the rest again.
+      unroll: how many blocks one round of a stack's loop holds.
 
-    Returns:
-      What the last one returns.
+    Raises:
+      ValueError: if ``unroll`` is below 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from flaxstab import blocks
+      >>> rngs = nnx.Rngs(0)
+      >>> first = blocks.BasicBlock(4, 8, rngs=rngs)
+      >>> chain = Chain([first, *(blocks.BasicBlock(8, 8, rngs=rngs) for _ in range(3))], scan=True)
+      >>> [type(part).__name__ for part in chain], chain(jnp.ones((2, 5, 5, 4))).shape
+      (['BasicBlock', 'Stack'], (2, 5, 5, 8))
     """
-    step = nnx.remat(call) if remat else call
-    if not isinstance(blocks, Stack):
-        for block in blocks:
-            x = step(block, x)
+
+    def __init__(
+        self,
+        blocks: Iterable[nnx.Module],
+        *,
+        scan: bool = False,
+        remat: bool = False,
+        unroll: int = 1,
+    ) -> None:
+        check_positive(unroll=unroll)
+        runs = _runs(blocks) if scan else ([block] for block in blocks)
+        super().__init__(
+            Stack(run, remat=remat, unroll=unroll) if len(run) > 1 else run[0] for run in runs
+        )
+        self.scan = scan
+        self.remat = remat
+        self.unroll = unroll
+
+    def __call__(self, x: Array, *inputs: PyTree) -> Array:
+        """Maps ``x`` through the blocks, each called ``block(x, *inputs)``."""
+        return self.run(lambda block, x: block(x, *inputs), x)
+
+    def run(self, call: Callable[..., Array], x: Array) -> Array:
+        """Maps ``x`` through the blocks by ``x = call(block, x)``."""
+        for part in self:
+            if isinstance(part, Stack):
+                x = part.run(call, x)
+            else:
+                x = region(call, (part,), x) if self.remat else call(part, x)
         return x
 
-    def body(x: Array, block: nnx.Module) -> Array:
-        return step(block, x)
+    def blocks(self) -> list[nnx.Module]:
+        """Returns the blocks one by one, those of stacks as copies."""
+        parts = (part.blocks() if isinstance(part, Stack) else [part] for part in self)
+        return [block for part in parts for block in part]
 
-    scan = nnx.scan(body, length=blocks.depth, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-    return scan(x, blocks.layers)
+
+def stacked(model: M, *, unroll: int = 1) -> M:
+    """Returns a copy of a model that runs equal neighbours of its chains by a loop.
+
+    The same numbers from a shorter program; for a model that was loaded from PyTorch, or seeded by
+    it, both of which need each block by its own name.
+
+    Args:
+      model: a model with a :class:`Chain` of blocks, as those of this package; it is unchanged.
+      unroll: how many blocks one round of the loop holds.
+
+    Example:
+      >>> from flax import nnx
+      >>> from flaxstab import models
+      >>> model = models.resnet18(10, stem="cifar", rngs=nnx.Rngs(0))
+      >>> len(model.layer1), len(models.stacked(model).layer1)
+      (2, 1)
+    """
+    return _rebuilt(model, scan=True, unroll=unroll)
+
+
+def unstacked(model: M) -> M:
+    """Returns a copy of a model with every block of its chains for itself, as in PyTorch.
+
+    Args:
+      model: a model with a :class:`Chain` of blocks; it is unchanged.
+
+    Example:
+      >>> from flax import nnx
+      >>> from flaxstab import interop, models
+      >>> model = models.resnet18(10, stem="cifar", scan=True, rngs=nnx.Rngs(0))
+      >>> sum(array.size for array in interop.state_dict(models.unstacked(model)).values())
+      11183582
+    """
+    return _rebuilt(model, scan=False, unroll=1)
+
+
+def _rebuilt(model: M, *, scan: bool, unroll: int) -> M:
+    check(isinstance(model, nnx.Module), "model must be an nnx.Module", type=type(model).__name__)
+
+    def of(node: nnx.Module) -> nnx.Module:
+        if isinstance(node, Chain):
+            parts = (of(block) for block in node.blocks())
+            return Chain(parts, scan=scan, remat=node.remat, unroll=unroll)
+        for name, value in list(vars(node).items()):
+            if isinstance(value, nnx.Module):
+                setattr(node, name, of(value))
+        return node
+
+    return cast("M", of(nnx.clone(model, graph=True)))
+
+
+def _runs(blocks: Iterable[nnx.Module]) -> list[list[nnx.Module]]:
+    """Returns neighbours that are equal but for the values of their arrays as one list each."""
+    runs: list[list[nnx.Module]] = []
+    for block in blocks:
+        if runs and not _difference(runs[-1][0], block):
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs
+
+
+def _difference(one: nnx.Module, other: nnx.Module) -> str:
+    """Returns where two modules differ in more than the values of their arrays; '' if nowhere."""
+    if nnx.graphdef(one) != nnx.graphdef(other):
+        return next(_unequal_settings(one, other), "structure")
+    flat = (nnx.to_flat_state(nnx.state(module)) for module in (one, other))
+    for (path, left), (_, right) in zip(*flat, strict=True):
+        if (left.shape, left.dtype) != (right.shape, right.dtype):
+            return ".".join(map(str, path))
+    return ""
+
+
+def _unequal_settings(one: nnx.Module, other: nnx.Module) -> Iterator[str]:
+    simple = (bool, int, float, str, tuple)
+    for (path, left), (_, right) in zip(
+        nnx.iter_modules(one), nnx.iter_modules(other), strict=False
+    ):
+        for name, value in vars(left).items():
+            if isinstance(value, simple) and value != vars(right).get(name):
+                yield ".".join(map(str, (*path, name)))

@@ -16,7 +16,7 @@ from flaxstab.blocks import Residual, TransformerBlock
 from flaxstab.dropout import Dropout
 from flaxstab.linear import Conv, Linear
 from flaxstab.linear._base import check_rngs, drawn
-from flaxstab.models._stack import Stack, run
+from flaxstab.models._stack import Chain
 from flaxstab.norms import LayerNorm
 
 
@@ -83,9 +83,10 @@ class ViT(nnx.Module):
       attn_drop: that of the attention's probabilities.
       drop_path: the probability of dropping the last block's branches of a sample; it grows
         linearly from 0 with depth.
-      scan: whether the blocks are one :class:`Stack`: the program does not grow with depth. Not
-        with ``drop_path``, by which they differ.
-      remat: whether each block keeps its input alone for the backward pass, and is computed again.
+      scan: whether equal blocks are stacked and run by a loop: the same weights and numbers from a
+        program that does not grow with depth. Under ``drop_path`` no two are equal. Parameters have
+        other names: see :func:`stacked` and :func:`unstacked`.
+      remat: whether the backward pass keeps each block's input only, and computes the rest again.
       dtype: dtype of computation and output; ``None`` = the input's.
       param_dtype: dtype of the parameters.
       rngs: source of the keys, stream ``params``, and ``dropout`` if anything is dropped.
@@ -146,9 +147,8 @@ class ViT(nnx.Module):
                 rngs=rngs,
             )  # fmt: skip
 
-        blocks = nnx.List(block(place) for place in range(size.depth))
-        self.blocks = Stack(blocks) if scan else blocks
-        self.remat = remat
+        blocks = (block(place) for place in range(size.depth))
+        self.blocks = Chain(blocks, scan=scan, remat=remat)
         self.norm = norm(size.d, dtype=dtype, param_dtype=param_dtype)
         self.head = Linear(
             size.d, num_classes, kernel_init=law, bias_init=initializers.zeros, dtype=dtype,
@@ -165,7 +165,7 @@ class ViT(nnx.Module):
         first = jnp.broadcast_to(token, (x.shape[0], *token.shape[1:]))
         tokens = jnp.concatenate([first, patches], 1)  # (N, 1 + h * w, d)
         x = self.drop(tokens + aligned(self.pos_embed[...], tokens, tokens.dtype))
-        x = run(self.blocks, x, remat=self.remat)
+        x = self.blocks(x)
         return self.head(self.norm(x)[:, 0])
 
 

@@ -1,7 +1,8 @@
 """A norm and what follows it as one step, for layers."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 from flax import nnx
 
@@ -10,6 +11,7 @@ from flaxstab.functional._fused import check_residual
 from flaxstab.functional._recompute import recomputed
 
 Result = TypeVar("Result", bound=PyTree)
+Layers: TypeAlias = tuple[nnx.Module, ...]
 
 
 def norm_act(layer: nnx.Module, act: Callable[[Array], Array], x: Array) -> Array:
@@ -59,7 +61,7 @@ def norm_add_act(
     return region(lambda layer, x, r: act(layer(x) + r), (layer,), x, residual)
 
 
-def region(call: Callable[..., Result], layers: tuple[nnx.Module, ...], *arrays: Array) -> Result:
+def region(call: Callable[..., Result], layers: Layers, *arrays: Array) -> Result:
     """Returns ``call(*layers, *arrays)`` and keeps only the arrays for the backward pass.
 
     What is computed inside is computed again there, but for batch normalisation's statistics.
@@ -72,18 +74,28 @@ def region(call: Callable[..., Result], layers: tuple[nnx.Module, ...], *arrays:
       *arrays: its inputs.
     """
     graph, state = nnx.split(layers)
-
-    def run(state: PyTree, *arrays: Array) -> tuple[Result, PyTree]:
-        before = _values(state)  # now: a merged layer's variables are those of the state
-        own = nnx.merge(graph, state)
-        y = call(*own, *arrays)
-        after = nnx.state(own, nnx.Not(nnx.Param))
-        moved = {path for path, value in _values(after).items() if value is not before.get(path)}
-        return y, nnx.filter_state(after, lambda path, _: path in moved)
-
-    y, moved = recomputed(run)(state, *arrays)
+    y, moved = recomputed(partial(called, call, graph))(state, *arrays)
     nnx.update(layers, moved)
     return y
+
+
+def called(
+    call: Callable[..., Result], graph: nnx.GraphDef[Layers], state: PyTree, *arrays: Array
+) -> tuple[Result, PyTree]:
+    """Returns ``call(*layers, *arrays)`` of split layers, and what it has moved of their state.
+
+    Args:
+      call: as of :func:`region`.
+      graph: the structure of a tuple of layers.
+      state: their state.
+      *arrays: the other inputs.
+    """
+    before = _values(state)  # now: a merged layer's variables are those of the state
+    layers = nnx.merge(graph, state)
+    y = call(*layers, *arrays)
+    after = nnx.state(layers, nnx.Not(nnx.Param))
+    moved = {path for path, value in _values(after).items() if value is not before.get(path)}
+    return y, nnx.filter_state(after, lambda path, _: path in moved)
 
 
 def _values(state: PyTree) -> dict[tuple[object, ...], object]:
