@@ -1,5 +1,6 @@
 """The Transformer blocks against ``torch_ref`` and ``torch.nn``."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import jax
