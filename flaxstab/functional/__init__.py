@@ -6,8 +6,11 @@ from flaxstab.functional._activations import relu as relu
 from flaxstab.functional._batch_norms import batch_norm as batch_norm
 from flaxstab.functional._batch_norms import batch_norm_inference as batch_norm_inference
 from flaxstab.functional._batch_norms import ghost_batch_norm as ghost_batch_norm
+from flaxstab.functional._dropout import alpha_dropout as alpha_dropout
 from flaxstab.functional._dropout import dropout as dropout
 from flaxstab.functional._dropout import dropout_mask as dropout_mask
+from flaxstab.functional._dropout import random_alpha_dropout as random_alpha_dropout
+from flaxstab.functional._dropout import random_dropout as random_dropout
 from flaxstab.functional._embedding import embedding as embedding
 from flaxstab.functional._fused import norm_act as norm_act
 from flaxstab.functional._fused import norm_add_act as norm_add_act
