@@ -185,3 +185,139 @@ def test_training_with_the_same_masks_is_torchs() -> None:
     twin = drawn(TorchTwo())
     report = parity.compare(Two(nnx.Rngs(0)), twin, X, PADDED, dtypes=())
     assert report.passed, str(report)
+
+
+def twin_names(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(("ours", "twin"), [
+    (lambda r: blocks.TransformerBlock(D, HEADS, 3, rngs=r), lambda: theirs.TransformerBlock(D, HEADS, 3)),
+    (lambda r: blocks.TransformerEncoderLayer(D, HEADS, 12, bias=False, rngs=r), lambda: encoder(bias=False)),
+    (lambda r: blocks.TransformerDecoderLayer(D, HEADS, 12, rngs=r), decoder),
+], ids=["block", "encoder", "decoder"])  # fmt: skip
+def test_names_and_shapes_are_the_twins(
+    ours: Callable[[nnx.Rngs], nnx.Module], twin: Callable[[], torch.nn.Module]
+) -> None:
+    found = interop.state_dict(ours(nnx.Rngs(0)))
+    assert {name: array.shape for name, array in found.items()} == twin_names(twin())
+
+
+def test_the_defaults_are_torchs_and_the_documents() -> None:
+    layer, twin = blocks.TransformerEncoderLayer(D, HEADS, rngs=nnx.Rngs(0)), ENCODER(D, HEADS)
+    assert layer.linear1.out_features == twin.linear1.out_features == 2048
+    assert layer.dropout.p == layer.dropout1.p == layer.self_attn.p == twin.dropout.p == 0.1
+    assert layer.norm1.eps == twin.norm1.eps
+    assert layer.norm_first is twin.norm_first is False
+    assert float(layer.act(jnp.float32(-1.0))) == 0
+    block, other = blocks.TransformerBlock(16, rngs=nnx.Rngs(0)), theirs.TransformerBlock(16)
+    assert block.attn.num_heads == other.attn.num_heads == 8
+    assert block.attn.p == block.ff.layers[2].p == block.ff.layers[4].p == other.attn.dropout == 0.1
+    assert block.ff.layers[0].out_features == other.ff[0].out_features == 64
+    assert block.drop.p == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_block_starts_by_the_documents_laws(seed: int) -> None:
+    """He normal but for query, key and value, whose Xavier bound is that of the packed matrix."""
+    block = blocks.TransformerBlock(64, 4, rngs=nnx.Rngs(seed))
+    up, down = block.ff.layers[0], block.ff.layers[3]
+    for kernel in (block.attn.out.kernel[...], up.kernel[...], down.kernel[...]):
+        law = np.sqrt(2 / kernel.shape[0])
+        # 6 standard errors, but once in 5e8 samples.
+        assert abs(float(kernel.std()) - law) <= 6 * law / np.sqrt(2 * kernel.size)
+        assert float(jnp.abs(kernel).max()) > 2.5 * law
+    bound = np.sqrt(6 / (64 + 3 * 64))
+    for part in (block.attn.query, block.attn.key, block.attn.value):
+        largest = float(jnp.abs(part.kernel[...]).max())
+        assert 0.99 * bound < largest <= bound
+    for layer in (block.attn.query, block.attn.out, up, down):
+        assert not np.any(layer.bias[...])
+
+
+def test_other_norms_activations_and_initializers_can_be_chosen() -> None:
+    init = initializers.constant(0.25)
+    block = blocks.TransformerBlock(
+        D,
+        HEADS,
+        norm=norms.RMSNorm,
+        act=jnp.tanh,
+        kernel_init=init,
+        attn_drop=0.0,
+        rngs=nnx.Rngs(0),
+    )
+    kernels = [m.kernel[...] for _, m in nnx.iter_modules(block) if "kernel" in vars(m)]
+    assert len(kernels) == 6
+    assert all((kernel == 0.25).all() for kernel in kernels)
+    assert isinstance(block.ln1, norms.RMSNorm)
+    assert block.attn.p == 0
+    block.eval()
+    assert block(jnp.asarray(X, jnp.float32)).shape == X.shape
+
+
+PRE_NORM = {
+    "block": lambda **o: blocks.TransformerBlock(D, HEADS, 2, 0.0, **o),
+    "encoder": lambda **o: blocks.TransformerEncoderLayer(D, HEADS, 12, 0.0, norm_first=True, **o),
+}
+
+
+@pytest.mark.parametrize("make", PRE_NORM.values(), ids=PRE_NORM)
+def test_zero_init_starts_at_the_skip_and_trains(make: Callable[..., nnx.Module]) -> None:
+    model = make(residual=blocks.Residual(zero_init=True), rngs=nnx.Rngs(0))
+    x = jnp.asarray(X, jnp.float32)
+    np.testing.assert_array_equal(model(x), x)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    loss = lambda p: jnp.sum(nnx.merge(graph, p, rest, copy=True)(x) ** 3)  # noqa: E731
+    gradient = nnx.merge(graph, jax.grad(loss)(params), rest)
+    attn = gradient.attn if "attn" in vars(gradient) else gradient.self_attn
+    down = gradient.ff.layers[3] if "ff" in vars(gradient) else gradient.linear2
+    for layer in (attn.out, down):
+        assert np.any(layer.kernel[...])
+        assert np.any(layer.bias[...])
+
+
+def test_scales_and_layer_scales_reach_both_branches() -> None:
+    """With factors of 0.5 twice, the block moves its input by a quarter of the plain one."""
+    wiring = blocks.Residual(scale=0.5, layer_scale=0.5)
+    x = jnp.asarray(X, jnp.float32)
+    scaled = blocks.TransformerBlock(D, HEADS, 2, 0.0, residual=wiring, rngs=nnx.Rngs(0))
+    plain = blocks.TransformerBlock(D, HEADS, 2, 0.0, rngs=nnx.Rngs(0))
+    for block in (scaled, plain):
+        kernel = block.ff.layers[3].kernel
+        kernel[...] = jnp.zeros_like(kernel[...])
+    moved, expected = scaled(x) - x, (plain(x) - x) / 4
+    eps = np.finfo(np.float32).eps
+    np.testing.assert_array_less(np.abs(moved - expected), 4 * eps * np.abs(X).max())
+    assert scaled.add1.gamma.get_metadata()["role"] == "layer_scale"
+    decays = {n: r.decays for n, r in optim.decay_mask(scaled).roles.items()}
+    assert decays["add1", "gamma"] is decays["add2", "gamma"] is False
+    assert decays["attn", "query", "kernel"] is True
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda r: blocks.TransformerBlock(8, 3, rngs=r), "num_heads must divide embed_dim"),
+    (lambda r: blocks.TransformerBlock(8, 2, 0, rngs=r), "d_ff must be .* got d_ff=0"),
+    (lambda r: blocks.TransformerBlock(8, 2, p_drop=2.0, rngs=r), r"p_drop must lie in \[0, 1\]"),
+    (lambda r: blocks.TransformerBlock(8, 2, norm="ln", rngs=r), "norm must be a function that"),
+    (lambda r: blocks.TransformerBlock(8, 2, act="gelu", rngs=r), "act must be a function of an"),
+    (lambda r: blocks.TransformerBlock(8, 2, residual=0.1, rngs=r), "residual must be a blocks.Res"),
+    (lambda _: blocks.TransformerBlock(8, 2), "a layer with random weights needs rngs"),
+    (
+        lambda r: blocks.TransformerEncoderLayer(8, 2, activation="silu", rngs=r),
+        "activation must be 'relu', 'gelu' or a function, got activation='silu'",
+    ),
+    (
+        lambda r: blocks.TransformerEncoderLayer(8, 2, batch_first=False, rngs=r),
+        r"arrays are \(N, L, C\) here, so batch_first must be True, got batch_first=False\. Swap",
+    ),
+    (
+        lambda r: blocks.TransformerDecoderLayer(
+            8, 2, residual=blocks.Residual(zero_init=True), rngs=r
+        ),
+        "zero_init needs norm_first=True, got norm_first=False",
+    ),
+    (lambda r: blocks.MLP(8, 0, rngs=r), "hidden_features must be .* got hidden_features=0"),
+])  # fmt: skip
+def test_bad_arguments_are_named(make: Callable[[nnx.Rngs], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(nnx.Rngs(0))

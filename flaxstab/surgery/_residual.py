@@ -8,7 +8,15 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import Array
-from flaxstab.blocks import BasicBlock, Bottleneck, PreActBottleneck, PreActResBlock
+from flaxstab.blocks import (
+    BasicBlock,
+    Bottleneck,
+    PreActBottleneck,
+    PreActResBlock,
+    TransformerBlock,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
 from flaxstab.surgery._walk import check_model
 
 _Path = tuple[object, ...]
@@ -57,11 +65,30 @@ def refuse_post_norm(block: nnx.Module) -> NoReturn:
     )
 
 
+def _of_transformer_block(block: TransformerBlock) -> Sequence[nnx.Variable[Array]]:
+    return last_parameters(block.attn.out, block.ff.layers[3])
+
+
+def _of_encoder_layer(layer: TransformerEncoderLayer) -> Sequence[nnx.Variable[Array]]:
+    if not layer.norm_first:
+        refuse_post_norm(layer)
+    return last_parameters(layer.self_attn.out, layer.linear2)
+
+
+def _of_decoder_layer(layer: TransformerDecoderLayer) -> Sequence[nnx.Variable[Array]]:
+    if not layer.norm_first:
+        refuse_post_norm(layer)
+    return last_parameters(layer.self_attn.out, layer.multihead_attn.out, layer.linear2)
+
+
 _RESIDUAL: dict[type[nnx.Module], _Last] = {
     BasicBlock: lambda block: last_parameters(block.bn2),
     Bottleneck: lambda block: last_parameters(block.bn3),
     PreActBottleneck: lambda block: last_parameters(block.conv3),
     PreActResBlock: lambda block: last_parameters(block.conv2),
+    TransformerBlock: _of_transformer_block,
+    TransformerDecoderLayer: _of_decoder_layer,
+    TransformerEncoderLayer: _of_encoder_layer,
 }
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from flaxstab._typing import Array
 
@@ -26,3 +28,20 @@ def kept_bytes(f: Callable[..., object], *args: Array, parameters: Sequence[Arra
     for array in parameters:
         buffers.pop(array.unsafe_buffer_pointer(), None)
     return sum(buffers.values())
+
+
+def kept_by_module(module: nnx.Module, *inputs: Array) -> int:
+    """Returns the bytes that one call of a module holds, its variables apart, in training.
+
+    What the call changes, such as running statistics and random streams, is returned with it.
+    """
+    graph, params, others = nnx.split(module, nnx.Param, ...)
+
+    def run(params: nnx.State, others: nnx.State, *inputs: Array) -> object:
+        own = nnx.merge(graph, params, others)
+        y = own(*inputs)
+        return y, jax.lax.stop_gradient(nnx.state(own, nnx.Not(nnx.Param)))
+
+    held = (leaf for leaf in jax.tree.leaves((params, others)))
+    known = [a for a in held if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
+    return kept_bytes(run, params, others, *inputs, parameters=known)
