@@ -1,7 +1,7 @@
 """The Transformer blocks against ``torch_ref`` and ``torch.nn``."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import pytest
 import torch
 from flax import nnx
 
-from flaxstab import blocks, interop, parity
+from flaxstab import blocks, initializers, interop, norms, optim, parity
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same
 from torch_ref import blocks as theirs
@@ -191,11 +191,20 @@ def twin_names(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-@pytest.mark.parametrize(("ours", "twin"), [
-    (lambda r: blocks.TransformerBlock(D, HEADS, 3, rngs=r), lambda: theirs.TransformerBlock(D, HEADS, 3)),
-    (lambda r: blocks.TransformerEncoderLayer(D, HEADS, 12, bias=False, rngs=r), lambda: encoder(bias=False)),
-    (lambda r: blocks.TransformerDecoderLayer(D, HEADS, 12, rngs=r), decoder),
-], ids=["block", "encoder", "decoder"])  # fmt: skip
+TWINS = {
+    "block": (
+        lambda r: blocks.TransformerBlock(D, HEADS, 3, rngs=r),
+        lambda: theirs.TransformerBlock(D, HEADS, 3),
+    ),
+    "encoder": (
+        lambda r: blocks.TransformerEncoderLayer(D, HEADS, 12, bias=False, rngs=r),
+        lambda: encoder(bias=False),
+    ),
+    "decoder": (lambda r: blocks.TransformerDecoderLayer(D, HEADS, 12, rngs=r), decoder),
+}
+
+
+@pytest.mark.parametrize(("ours", "twin"), TWINS.values(), ids=TWINS)
 def test_names_and_shapes_are_the_twins(
     ours: Callable[[nnx.Rngs], nnx.Module], twin: Callable[[], torch.nn.Module]
 ) -> None:
@@ -300,7 +309,7 @@ def test_scales_and_layer_scales_reach_both_branches() -> None:
     (lambda r: blocks.TransformerBlock(8, 2, p_drop=2.0, rngs=r), r"p_drop must lie in \[0, 1\]"),
     (lambda r: blocks.TransformerBlock(8, 2, norm="ln", rngs=r), "norm must be a function that"),
     (lambda r: blocks.TransformerBlock(8, 2, act="gelu", rngs=r), "act must be a function of an"),
-    (lambda r: blocks.TransformerBlock(8, 2, residual=0.1, rngs=r), "residual must be a blocks.Res"),
+    (lambda r: blocks.TransformerBlock(8, 2, residual=0.1, rngs=r), "residual must be a block"),
     (lambda _: blocks.TransformerBlock(8, 2), "a layer with random weights needs rngs"),
     (
         lambda r: blocks.TransformerEncoderLayer(8, 2, activation="silu", rngs=r),
