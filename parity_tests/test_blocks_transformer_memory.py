@@ -36,7 +36,7 @@ class Plain(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.ln1, self.ln2 = (nnx.LayerNorm(D, rngs=rngs) for _ in range(2))
         self.attn = nnx.MultiHeadAttention(
-            HEADS, D, dropout_rate=0.1, broadcast_dropout=False, decode=False,
+            HEADS, D, dropout_rate=0.1, broadcast_dropout=False, decode=False, deterministic=False,
             dtype=jnp.bfloat16, rngs=rngs,
         )  # fmt: skip
         self.up = nnx.Linear(D, 4 * D, dtype=jnp.bfloat16, rngs=rngs)
