@@ -9,7 +9,7 @@ from flax import nnx
 
 from flaxstab import initializers, interop
 from flaxstab._checks import check, check_positive
-from flaxstab._dtypes import aligned, floating
+from flaxstab._dtypes import aligned
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.blocks import MakeNorm, Residual, TransformerBlock
 from flaxstab.dropout import Dropout
@@ -96,25 +96,24 @@ class TransformerLM(nnx.Module):
         rngs, law = check_rngs(rngs), initializers.trunc_normal(std=0.02)
         make_norm = norm or LayerNorm
         self.size = size
-        self.dtype = floating("dtype", param_dtype if dtype is None else dtype)
         self.embed = Embed(
-            vocab_size, size.d, embedding_init=law, dtype=self.dtype, param_dtype=param_dtype,
+            vocab_size, size.d, embedding_init=law, dtype=dtype, param_dtype=param_dtype,
             rngs=rngs,
         )  # fmt: skip
         positions = (size.max_len, size.d)
         self.position = drawn(rngs, law, positions, param_dtype, role="position_embedding")
-        self.drop = Dropout(p_drop, dtype=self.dtype, rngs=rngs if p_drop else None)
+        self.drop = Dropout(p_drop, dtype=dtype, rngs=rngs if p_drop else None)
 
         def block() -> TransformerBlock:
             return TransformerBlock(
                 size.d, size.nhead, size.d_ff, p_drop, out_drop=p_drop, norm=make_norm,
-                kernel_init=law, residual=residual, dtype=self.dtype, param_dtype=param_dtype,
+                kernel_init=law, residual=residual, dtype=dtype, param_dtype=param_dtype,
                 rngs=rngs,
             )  # fmt: skip
 
         blocks = (block() for _ in range(size.depth))
         self.blocks = Chain(blocks, scan=scan, remat=remat)
-        self.norm = make_norm(size.d, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = make_norm(size.d, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, tokens: Array) -> Array:
         """Maps integers ``(N, L)`` to logits ``(N, L, vocab_size)`` of the token that follows each.
