@@ -20,6 +20,40 @@ def test_channel_dropout_is_torchs_dropout_nd_with_torchs_mask(space: tuple[int,
     assert 0 < mask.sum() < mask.numel()
 
 
+def test_drop_path_drops_whole_samples_and_scales_the_others() -> None:
+    torch.manual_seed(0)
+    x = draw(60, 5, 4, seed=1)
+    y = dropout.DropPath(0.4)(x)
+    dropped = (y == 0).all((1, 2))
+    assert torch.equal(dropped, (y == 0).any((1, 2)))
+    assert 0 < dropped.sum() < 60
+    assert_close(y[~dropped], x[~dropped] / 0.6, x.abs().max() / 0.6)
+
+
+def test_drop_path_takes_a_mask_and_draws_one_of_its_probability() -> None:
+    # n = 40,000: the bound is 6 standard errors of a Bernoulli mean
+    layer, x = dropout.DropPath(0.2), draw(3, 2, seed=1)
+    mask = torch.tensor([1, 0, 1], dtype=x.dtype)
+    assert_close(layer(x, mask), x * mask[:, None] / 0.8, x.abs().max() / 0.8)
+    torch.manual_seed(0)
+    kept = layer(torch.ones(40_000)) != 0
+    assert abs(kept.double().mean().item() - 0.8) < 6 * (0.2 * 0.8 / kept.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("layer", [dropout.DropPath, dropout.RecurrentDropout])
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_a_layer_is_the_identity_in_evaluation_and_at_p_0(
+    layer: type[dropout.DropPath | dropout.RecurrentDropout], p: float
+) -> None:
+    drop, x = layer(p), draw(2, 3, 4, seed=1)
+    trained = drop(x)
+    assert torch.equal(drop.eval()(x), x)
+    if p == 0.0:
+        assert torch.equal(trained, x)
+    if p == 1.0:
+        assert torch.equal(trained, torch.zeros_like(x))
+
+
 def test_recurrent_dropout_drops_the_same_features_at_every_step() -> None:
     torch.manual_seed(0)
     x = draw(8, 5, 16, seed=1)
@@ -42,21 +76,13 @@ def test_recurrent_dropout_takes_a_mask_and_draws_one_of_its_probability() -> No
     assert abs(drawn.mean().item() - 0.8) < 6 * (0.2 * 0.8 / drawn.numel()) ** 0.5
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_recurrent_dropout_is_the_identity_in_evaluation_and_at_p_0(p: float) -> None:
-    layer, x = dropout.RecurrentDropout(p), draw(2, 3, 4, seed=1)
-    trained = layer(x)
-    assert torch.equal(layer.eval()(x), x)
-    if p == 0.0:
-        assert torch.equal(trained, x)
-    if p == 1.0:
-        assert torch.equal(trained, torch.zeros_like(x))
-
-
+@pytest.mark.parametrize("layer", [dropout.DropPath, dropout.RecurrentDropout])
 @pytest.mark.parametrize("p", [-0.1, 1.5])
-def test_a_probability_outside_0_and_1_is_refused(p: float) -> None:
+def test_a_probability_outside_0_and_1_is_refused(
+    layer: type[dropout.DropPath | dropout.RecurrentDropout], p: float
+) -> None:
     with pytest.raises(ValueError, match=f"0 to 1, got p={p}; use"):
-        dropout.RecurrentDropout(p)
+        layer(p)
 
 
 def _lstm_with_masks(

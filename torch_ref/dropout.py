@@ -28,6 +28,37 @@ def channel_dropout(x: Tensor, mask: Tensor, p: float) -> Tensor:
     return inverted_dropout(x, mask, p)
 
 
+class DropPath(nn.Module):
+    """Drop whole samples of a residual branch: stochastic depth.
+
+    Huang, Sun, Liu, Sedra, Weinberger: Deep networks with stochastic depth, 2016, arXiv 1603.09382.
+    As ``torchvision.ops.StochasticDepth(p, "row")`` and timm's ``DropPath(p)``.
+
+    Args:
+        p: Probability of dropping, 0 to 1.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        _check_probability(p)
+        self.p = p
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Drop samples of ``(N, ...)``; evaluation is the identity.
+
+        Args:
+            x: ``(N, ...)``.
+            mask: ``(N,)``, 1 where kept, to use instead of drawing one.
+
+        Returns:
+            The masked and scaled input.
+        """
+        if not self.training:
+            return x
+        mask = x.new_empty(x.shape[0]).bernoulli_(1.0 - self.p) if mask is None else mask
+        return inverted_dropout(x, mask.reshape(-1, *[1] * (x.ndim - 1)), self.p)
+
+
 class RecurrentDropout(nn.Module):
     """Dropout with one mask per sequence, the same at every time step (document 2, E-2).
 

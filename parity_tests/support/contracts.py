@@ -13,7 +13,7 @@ from flaxstab import linear
 def narrowings(program: ClosedJaxpr) -> list[str]:
     """Every step that casts float64 to a narrower float, or such a float to float64."""
     found = []
-    for equation in _steps(program):
+    for equation in steps(program):
         if equation.primitive.name == "convert_element_type":
             kinds = {str(v.aval.dtype) for v in (*equation.invars, *equation.outvars)}
             # Scalars are constants: jax.random's own bounds are float32 in float64 runs too.
@@ -23,13 +23,13 @@ def narrowings(program: ClosedJaxpr) -> list[str]:
     return found
 
 
-def _steps(program: ClosedJaxpr) -> Iterator[JaxprEqn]:
+def steps(program: ClosedJaxpr) -> Iterator[JaxprEqn]:
     """Every equation, those of inner programs included."""
     for equation in program.eqns:
         yield equation
         for part in jax.tree.leaves(list(equation.params.values())):
             if isinstance(part, ClosedJaxpr | Jaxpr):
-                yield from _steps(part)
+                yield from steps(part)
 
 
 class Embedded(nnx.Module):
