@@ -3,6 +3,9 @@
 from flaxstab.functional._activations import elu as elu
 from flaxstab.functional._activations import gelu as gelu
 from flaxstab.functional._activations import relu as relu
+from flaxstab.functional._attention import attention as attention
+from flaxstab.functional._attention import attention_dropout_mask as attention_dropout_mask
+from flaxstab.functional._attention import attention_weights as attention_weights
 from flaxstab.functional._batch_norms import batch_norm as batch_norm
 from flaxstab.functional._batch_norms import batch_norm_inference as batch_norm_inference
 from flaxstab.functional._batch_norms import ghost_batch_norm as ghost_batch_norm

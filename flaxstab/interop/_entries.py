@@ -129,7 +129,8 @@ def _flipped_to_flax(weight: np.ndarray) -> np.ndarray:
     return np.flip(_moved_to_back(weight), window)
 
 
-def _reshaped(shape: Shape) -> Move:
+def reshaped(shape: Shape) -> Move:
+    """Returns the function that gives an array another shape."""
     return lambda array: np.reshape(array, shape)
 
 
@@ -162,7 +163,7 @@ MEAN = one("mean", "running_mean", rank=1)
 VAR = one("var", "running_var", rank=1)
 COUNT = one("count", "num_batches_tracked", lambda count: np.asarray(count, np.int64), rank=0)
 EMBEDDING = one("embedding", "weight", rank=2)
-SLOPE = one("negative_slope", "weight", _reshaped((1,)), _reshaped(()), "(1,) -> ()", rank=0)
+SLOPE = one("negative_slope", "weight", reshaped((1,)), reshaped(()), "(1,) -> ()", rank=0)
 
 
 def inside(entry: Entry, module: str, suffix: str = "") -> Entry:

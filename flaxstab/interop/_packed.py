@@ -3,58 +3,82 @@
 import numpy as np
 from flax import nnx
 
-from flaxstab.interop._entries import MATRIX, Arrays, Entry, inside, one
+from flaxstab._typing import Shape
+from flaxstab.attention import MultiHeadAttention
+from flaxstab.interop._entries import MATRIX, Arrays, Entry, inside, one, reshaped
 
-_HEADS = "(heads x head_dim, in) -> (in, heads, head_dim)"
 
-
-def attention(module: nnx.MultiHeadAttention) -> tuple[Entry, ...]:
+def packed_attention(module: MultiHeadAttention) -> tuple[Entry, ...]:
     """Returns the entries of attention as ``torch.nn.MultiheadAttention``'s.
+
+    With ``kdim`` or ``vdim`` of its own, torch keeps three weights instead of one.
+    """
+    size = module.embed_dim
+    entries = _projections((size,), packed=module.kdim == module.vdim == size)
+    rows = ("bias_k", "bias_v")
+    moves = (reshaped((1, 1, size)), reshaped((size,)), "(1, 1, embed_dim) -> (embed_dim,)")
+    return (*entries, *(one(name, name, *moves, rank=1) for name in rows))
+
+
+def stock_attention(module: nnx.MultiHeadAttention) -> tuple[Entry, ...]:
+    """Returns the entries of NNX's attention, whose kernels have an axis of heads.
 
     With ``in_kv_features`` of its own, torch keeps three weights instead of one.
     """
-    heads = (module.num_heads, module.head_dim)
-    parts = ("query", "key", "value")
+    packed = module.in_kv_features == module.in_features
+    return _projections((module.num_heads, module.head_dim), packed=packed)
+
+
+def _projections(out: Shape, packed: bool) -> tuple[Entry, ...]:
+    """Returns the entries of the four projections.
+
+    Args:
+      out: the last axes of query, key and value kernels, and the first ones of ``out``'s.
+      packed: whether torch keeps the weights of query, key and value in one tensor.
+    """
+    names = "(heads, head_dim)" if len(out) == 2 else "(embed_dim,)"
+    wide, parts = names.strip("(),"), ("query", "key", "value")
 
     def to_weight(kernel: np.ndarray) -> np.ndarray:
-        return kernel.reshape(kernel.shape[0], -1).T  # (in, H, D) -> (H*D, in)
+        return kernel.reshape(kernel.shape[0], -1).T  # (in, *out) -> (embed_dim, in)
 
     def to_kernel(weight: np.ndarray) -> np.ndarray:
-        return weight.T.reshape(-1, *heads)  # (H*D, in) -> (in, H, D)
+        return weight.T.reshape(-1, *out)  # (embed_dim, in) -> (in, *out)
 
-    if module.in_kv_features == module.in_features:
+    words, rank = f"(embed_dim, in) -> (in, {wide})", 1 + len(out)
+    if packed:
         weights: tuple[Entry, ...] = (
             Entry(
                 tuple(f"{part}.kernel" for part in parts),
                 ("in_proj_weight",),
                 lambda kernels: (np.concatenate([to_weight(k) for k in kernels]),),
                 lambda packed: tuple(to_kernel(w) for w in np.split(packed[0], 3)),
-                f"three, each {_HEADS}",
-                rank=3,
+                f"three, each {words}",
+                rank,
             ),
         )
     else:
         weights = tuple(
-            one(f"{part}.kernel", f"{part[0]}_proj_weight", to_weight, to_kernel, _HEADS, rank=3)
+            one(f"{part}.kernel", f"{part[0]}_proj_weight", to_weight, to_kernel, words, rank)
             for part in parts
         )
     bias = Entry(
         tuple(f"{part}.bias" for part in parts),
         ("in_proj_bias",),
         lambda biases: (np.concatenate([b.ravel() for b in biases]),),
-        lambda packed: tuple(b.reshape(heads) for b in np.split(packed[0], 3)),
-        "three, each (heads x head_dim,) -> (heads, head_dim)",
-        rank=2,
+        lambda packed: tuple(b.reshape(out) for b in np.split(packed[0], 3)),
+        f"three, each (embed_dim,) -> {names}",
+        len(out),
     )
-    out = one(
+    kernel = one(
         "out.kernel",
         "out_proj.weight",
-        lambda kernel: kernel.reshape(-1, kernel.shape[-1]).T,  # (H, D, out) -> (out, H*D)
-        lambda weight: weight.T.reshape(*heads, -1),
-        "(out, heads x head_dim) -> (heads, head_dim, out)",
-        rank=3,
+        lambda kernel: kernel.reshape(-1, kernel.shape[-1]).T,  # (*out, embed_dim) -> (out, in)
+        lambda weight: weight.T.reshape(*out, -1),
+        f"(out, embed_dim) -> ({wide}, out)",
+        rank,
     )
-    return (*weights, bias, out, one("out.bias", "out_proj.bias"))
+    return (*weights, bias, kernel, one("out.bias", "out_proj.bias"))
 
 
 def attention_refusal(module: nnx.MultiHeadAttention) -> str:

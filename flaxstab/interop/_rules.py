@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxstab import dropout, linear, norms
+from flaxstab import attention, dropout, linear, norms
 from flaxstab._checks import check
 from flaxstab.interop._entries import (
     BIAS,
@@ -27,14 +27,15 @@ from flaxstab.interop._entries import (
 )
 from flaxstab.interop._packed import (
     CELLS,
-    attention,
     attention_refusal,
     bidirectional,
     cell_refusal,
     is_bidirectional,
     is_recurrent,
     linear_general_refusal,
+    packed_attention,
     recurrent,
+    stock_attention,
 )
 
 Tensors = dict[str, np.ndarray]
@@ -98,6 +99,7 @@ RULES: dict[type[nnx.Module], Rule] = {
     norms.LayerNorm: _NORM,
     norms.RMSNorm: _fixed(SCALE),
     norms.GroupNorm: _NORM,
+    attention.MultiHeadAttention: Rule(packed_attention, owns=True),
     dropout.Dropout: _fixed(),
     dropout.ChannelDropout: _fixed(),
     nnx.Linear: _LINEAR,
@@ -112,7 +114,7 @@ RULES: dict[type[nnx.Module], Rule] = {
     nnx.PReLU: _fixed(SLOPE),
     nnx.Dropout: _fixed(),
     nnx.LinearGeneral: Rule(lambda _: (MATRIX, BIAS), refusal=linear_general_refusal),
-    nnx.MultiHeadAttention: Rule(attention, owns=True, refusal=attention_refusal),
+    nnx.MultiHeadAttention: Rule(stock_attention, owns=True, refusal=attention_refusal),
     nnx.LSTMCell: _CELL,
     nnx.OptimizedLSTMCell: _CELL,
     nnx.SimpleCell: _CELL,

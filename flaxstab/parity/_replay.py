@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flaxstab._checks import check
 from flaxstab._typing import Shape
 from flaxstab.dropout import ChannelDropout, Dropout
 from flaxstab.parity._inputs import Layout, channels_first
+from flaxstab.parity._replay_attention import attention_rate, replay_attention
 
 if TYPE_CHECKING:
     import torch
@@ -131,8 +133,8 @@ def replayed(
 
     Run torch's step inside the block, then the Flax step: both drop the same elements. The Flax
     model's streams are read, not advanced; a layer that is called twice draws twice. Replayed are
-    :class:`flaxstab.dropout.Dropout`, :class:`flaxstab.dropout.ChannelDropout`, ``nnx.Dropout``
-    and types given to :func:`register_replay`.
+    :class:`flaxstab.dropout.Dropout`, :class:`flaxstab.dropout.ChannelDropout`, ``nnx.Dropout``,
+    :class:`flaxstab.attention.MultiHeadAttention` and types given to :func:`register_replay`.
 
     Args:
       flax_model: a model in training mode.
@@ -145,9 +147,9 @@ def replayed(
       What is drawn: ``draws.repeated`` names layers that drew the same mask twice.
 
     Raises:
-      ValueError: if a torch dropout layer that drops anything has no counterpart or another
-        probability, is of another kind, or works in place; or if a Flax dropout's counterpart is
-        no dropout of its kind.
+      ValueError: if a torch dropout layer or attention that drops anything has no counterpart or
+        another probability, is of another kind, or works in place; or if a Flax dropout's
+        counterpart is no dropout of its kind.
     """
     import torch
 
@@ -155,6 +157,9 @@ def replayed(
     handles = []
     for name, module in torch_model.named_modules():
         source = layers.get(_renamed(name, rename))
+        if attention_rate(module) or attention_rate(source):
+            handles += replay_attention(name, module, source, partial(kept.add, name))
+            continue
         is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
         if (is_dropout and module.p > 0) or _rate(source) > 0:
             _check_dropout(name, module, source)
@@ -205,12 +210,13 @@ def check_silent(torch_model: "torch.nn.Module") -> None:
     """Refuses dropout whose draws nobody can replay: the other side is no NNX module.
 
     Raises:
-      ValueError: if a torch dropout layer drops anything.
+      ValueError: if a torch dropout layer, or attention, drops anything.
     """
     import torch
 
     for name, module in torch_model.named_modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+        drops = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
+        if drops or attention_rate(module) > 0:
             raise ValueError(
                 "dropout is replayed for NNX modules only, got a Linen module or a function beside "
                 f"{name!r}: {module}. Set the probability to 0 on both sides."

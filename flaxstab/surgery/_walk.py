@@ -12,6 +12,7 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import Array
+from flaxstab.attention import MultiHeadAttention
 from flaxstab.linear._base import check_rngs
 
 _Path = tuple[object, ...]
@@ -26,6 +27,7 @@ class Rule(Protocol):
 
 # PyTorch holds the weights of these parts as bare parameters of the whole; () = every part.
 _BARE: dict[type[nnx.Module], tuple[str, ...]] = {
+    MultiHeadAttention: ("query", "key", "value"),
     nnx.MultiHeadAttention: ("query", "key", "value"),
     nnx.LSTMCell: (),
     nnx.OptimizedLSTMCell: (),

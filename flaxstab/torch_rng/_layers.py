@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from flax import nnx
 
-from flaxstab import initializers, interop, linear
+from flaxstab import attention, initializers, interop, linear
 from flaxstab._checks import check
 from flaxstab.norms._kinds import NORMS
 from flaxstab.torch_rng._generator import Generator
@@ -73,6 +73,7 @@ DRAWS: dict[type[nnx.Module], Draw] = {
     linear.Conv: _affine,
     linear.ConvTranspose: _affine,
     linear.Embed: _embedding,
+    attention.MultiHeadAttention: _attention,
     nnx.Linear: _affine,
     nnx.LinearGeneral: _affine,
     nnx.Conv: _affine,
@@ -85,8 +86,10 @@ DRAWS: dict[type[nnx.Module], Draw] = {
     nnx.PReLU: _slope,
 }
 
+ATTENTIONS = (attention.MultiHeadAttention, nnx.MultiHeadAttention)
+
 OWNERS: frozenset[type[nnx.Module]] = frozenset(
-    {nnx.MultiHeadAttention, nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.SimpleCell}
+    {*ATTENTIONS, nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.SimpleCell}
 )
 """Layers whose submodules are parts of them and draw nothing for themselves."""
 
@@ -145,7 +148,7 @@ def layer_rule(nonlin: str = "relu", leaky_slope: float = 0.01) -> Draw:
     affine = (linear.Linear, linear.Conv, nnx.Linear, nnx.LinearGeneral, nnx.Conv)
 
     def draw(layer: nnx.Module, tensors: Tensors, generator: Generator) -> Tensors:
-        prefix = "out_proj." if isinstance(layer, nnx.MultiHeadAttention) else ""
+        prefix = "out_proj." if isinstance(layer, ATTENTIONS) else ""
         weight = tensors.get(f"{prefix}weight")
         reached = isinstance(layer, affine) or prefix
         if weight is None or not reached or weight.ndim not in (2, 4):
