@@ -9,11 +9,13 @@ from flax import nnx
 
 from flaxstab import dropout, linear, norms
 from flaxstab._checks import check
+from flaxstab.blocks._residual import Add
 from flaxstab.interop._entries import (
     BIAS,
     COUNT,
     EMBEDDING,
     FLIPPED,
+    GAMMA,
     KERNEL,
     MATRIX,
     MEAN,
@@ -98,6 +100,7 @@ RULES: dict[type[nnx.Module], Rule] = {
     norms.LayerNorm: _NORM,
     norms.RMSNorm: _fixed(SCALE),
     norms.GroupNorm: _NORM,
+    Add: _fixed(GAMMA),
     dropout.Dropout: _fixed(),
     dropout.ChannelDropout: _fixed(),
     nnx.Linear: _LINEAR,
