@@ -10,7 +10,7 @@ from flaxstab import functional, initializers
 from flaxstab._checks import check, check_positive, check_probability
 from flaxstab._dtypes import output_dtype, widest
 from flaxstab._typing import Array, Bool, DTypeLike, Float, Initializer, Shape
-from flaxstab.dropout import _Dropping
+from flaxstab.dropout._base import Dropping
 from flaxstab.linear import Linear
 from flaxstab.linear._base import drawn
 
@@ -19,7 +19,7 @@ Heads = Float[Array, "n positions heads head_dim"]
 Found = TypeVar("Found", Array, tuple[Array, Array])
 
 
-class MultiHeadAttention(_Dropping):
+class MultiHeadAttention(Dropping):
     """Attends from a query sequence to a key sequence, in several heads at once.
 
     Same result as ``torch.nn.MultiheadAttention(…, batch_first=True)``, with every option and mask.
@@ -181,21 +181,6 @@ class MultiHeadAttention(_Dropping):
             mean = jnp.mean(weights, 1, dtype=widest(weights.dtype))
             weights = jnp.asarray(mean, weights.dtype)
         return (output[0], weights[0]) if single else (output, weights)
-
-    def next_key(
-        self,
-        *,
-        deterministic: bool | None = None,
-        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
-    ) -> Array | None:
-        """Returns a key for the next call's dropout, or ``None`` where nothing is dropped.
-
-        Args:
-          deterministic: overrides the layer's mode.
-          rngs: overrides the layer's stream.
-        """
-        off = self.deterministic if deterministic is None else deterministic
-        return None if off or self.p == 0 else self._key(rngs)
 
     def qkv(
         self,

@@ -3,7 +3,6 @@
 import functools
 import math
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable
 
 import jax
@@ -25,63 +24,44 @@ SHAPES = {  # in_ch, out_ch, stride: equal, other channels, other size, both
     "smaller": (4, 4, 2),
     "both": (4, 6, 2),
 }
-
-
-def basic(in_ch: int, out_ch: int, stride: int) -> tuple[Block, Callable[[], torch.nn.Module]]:
-    arguments = (in_ch, out_ch, stride)
-    return (
-        functools.partial(blocks.BasicBlock, *arguments),
-        functools.partial(theirs.BasicBlock, *arguments),
-    )
-
-
-def pre_act(
-    in_ch: int, out_ch: int, stride: int, drop: float = 0.0
-) -> tuple[Block, Callable[[], torch.nn.Module]]:
-    arguments = (in_ch, out_ch, 2, stride, drop)
-    return (
-        functools.partial(blocks.PreActResBlock, *arguments),
-        functools.partial(theirs.PreActResBlock, *arguments),
-    )
-
-
+BOTTLENECKS = {  # in_ch, a quarter of out_ch, stride
+    "same": (4, 1, 1),
+    "wider": (4, 2, 1),
+    "smaller": (4, 1, 2),
+    "both": (4, 2, 2),
+}
+KINDS: dict[str, tuple[Block, Callable[..., torch.nn.Module]]] = {
+    "basic": (blocks.BasicBlock, theirs.BasicBlock),
+    "bottleneck": (blocks.Bottleneck, theirs.Bottleneck),
+    "pre-act": (
+        functools.partial(blocks.PreActResBlock, groups=2),
+        functools.partial(theirs.PreActResBlock, groups=2),
+    ),
+    "pre-act bottleneck": (blocks.PreActBottleneck, theirs.PreActBottleneck),
+}
+SIZES = {kind: BOTTLENECKS if "bottleneck" in kind else SHAPES for kind in KINDS}
 TWINS = {
-    **{f"basic {name}": basic(*shape) for name, shape in SHAPES.items()},
-    **{f"pre-act {name}": pre_act(*shape) for name, shape in SHAPES.items()},
+    f"{kind} {name}": tuple(functools.partial(make, *sizes, stride=stride) for make in both)
+    for kind, both in KINDS.items()
+    for name, (*sizes, stride) in SIZES[kind].items()
 }
 each_twin = pytest.mark.parametrize(("ours", "twin"), TWINS.values(), ids=TWINS)
+each_kind = pytest.mark.parametrize("kind", KINDS)
 IMAGES = values(3, 5, 4, 4, offset=1.0)
 ZEROS = {"kernel_init": initializers.zeros}  # where weights do not matter, or come from the twin
 
 
-def compared(ours: Block, twin: Callable[[], torch.nn.Module]) -> parity.Report:
-    """Training, gradients, statistics after 1, 2 and 10 steps, evaluation; gamma and beta drawn."""
+def built(name: str, **options: object) -> nnx.Module:
+    return TWINS[name][0](rngs=nnx.Rngs(0), **options)
+
+
+def test_dropped_channels_are_those_of_the_twin() -> None:
+    """With the same masks in training; test_blocks_twins.py compares the rest."""
     torch.manual_seed(0)
-    module = twin()
-    for parameter in module.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, 1.0, 0.5)
-    return parity.compare(ours(rngs=nnx.Rngs(0)), module, IMAGES, layout="image", dtypes=())
-
-
-class Two(nnx.Module):
-    """One block of each kind in a row, so that all is compiled and compared once."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.basic = blocks.BasicBlock(4, 6, 2, **ZEROS, rngs=rngs)
-        self.pre_act = blocks.PreActResBlock(6, 4, 2, 2, 0.3, **ZEROS, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.pre_act(self.basic(x))
-
-
-def twins_of_two() -> torch.nn.Module:
-    both = {"basic": theirs.BasicBlock(4, 6, 2), "pre_act": theirs.PreActResBlock(6, 4, 2, 2, 0.3)}
-    return torch.nn.Sequential(OrderedDict(both))
-
-
-def test_blocks_are_their_twins() -> None:
-    report = compared(Two, twins_of_two)
+    ours, twin = (make(4, 4, 2, 1, 0.3) for make in (
+        functools.partial(blocks.PreActResBlock, rngs=nnx.Rngs(0)), theirs.PreActResBlock
+    ))  # fmt: skip
+    report = parity.compare(ours, twin, IMAGES, layout="image", dtypes=())
     assert report.passed, str(report)
 
 
@@ -98,11 +78,6 @@ def assert_twin(ours: Block, twin: Callable[[], torch.nn.Module]) -> None:
         return nnx.merge(graph, state, copy=True)(x)
 
     assert_twins(fresh, image(module), IMAGES)
-
-
-@pytest.mark.parametrize("kind", ["basic", "pre-act"])
-def test_where_no_shape_changes_the_skip_is_the_input_as_in_the_twin(kind: str) -> None:
-    assert_twin(*TWINS[f"{kind} same"])
 
 
 @each_twin
@@ -131,35 +106,42 @@ class Early(blocks.BasicBlock):
 def test_an_activation_in_another_place_is_found(fault: Block, name: str) -> None:
     ours, twin = TWINS[name]
     with pytest.raises(AssertionError, match="is above the bound"):
-        assert_twin(functools.partial(fault, *ours.args), twin)
+        assert_twin(functools.partial(fault, *ours.args, **ours.keywords), twin)
 
 
-@pytest.mark.parametrize("name", ["basic both", "pre-act both"])
-def test_kernels_start_by_hes_law_and_the_rest_as_in_torch(name: str) -> None:
-    ours, twin = TWINS[name]
-    model = ours(rngs=nnx.Rngs(0))
-    reference = twin().state_dict()
+@each_kind
+def test_kernels_start_by_hes_law_and_the_rest_as_in_torch(kind: str) -> None:
+    model, reference = built(f"{kind} both"), TWINS[f"{kind} both"][1]().state_dict()
     for key, array in interop.state_dict(model).items():
         if array.ndim == 4:
             law = math.sqrt(2 / math.prod(array.shape[1:]))
-            # but once in 5e8 samples; a convolution here has 24 to 324 weights
+            # but once in 5e8 samples; a convolution here has 8 to 324 weights
             assert abs(array.std() - law) <= 6 * law / math.sqrt(2 * array.size), key
         else:
             np.testing.assert_array_equal(array, reference[key].numpy())
 
 
-def test_other_norms_activations_and_initializers_can_be_chosen() -> None:
-    own = functools.partial(norms.GroupNorm, 2)
-    for make in (blocks.BasicBlock, blocks.PreActResBlock):
-        block = make(4, 8, stride=2, norm=own, act=jnp.tanh, kernel_init=initializers.constant(0.1),
-                     rngs=nnx.Rngs(0))  # fmt: skip
-        found = [m for _, m in nnx.iter_modules(block) if isinstance(m, norms.GroupNorm)]
-        assert len(found) == (3 if make is blocks.BasicBlock else 2)
-        kernels = [m.kernel[...] for _, m in nnx.iter_modules(block) if "kernel" in vars(m)]
-        assert len(kernels) == 3
-        assert all((kernel == np.float32(0.1)).all() for kernel in kernels)
-        assert block.act is jnp.tanh
-        assert output(block, jnp.asarray(IMAGES, jnp.float32)).shape == (3, 3, 2, 8)
+@each_kind
+def test_other_norms_activations_and_initializers_can_be_chosen(kind: str) -> None:
+    own = functools.partial(norms.GroupNorm, 1)
+    init = initializers.constant(0.1)
+    block = built(f"{kind} both", norm=own, act=jnp.tanh, kernel_init=init)
+    found = [m for _, m in nnx.iter_modules(block) if isinstance(m, norms.GroupNorm)]
+    kernels = [m.kernel[...] for _, m in nnx.iter_modules(block) if "kernel" in vars(m)]
+    projection_has_norm = not kind.startswith("pre-act")
+    assert len(found) == len(kernels) - (not projection_has_norm)
+    assert len(kernels) == (4 if "bottleneck" in kind else 3)
+    assert all((kernel == np.float32(0.1)).all() for kernel in kernels)
+    assert block.act is jnp.tanh
+    assert output(block, jnp.asarray(IMAGES, jnp.float32)).shape[:3] == (3, 3, 2)
+
+
+def test_an_activation_may_have_a_parameter() -> None:
+    """One that all places share, as a ``torch.nn.PReLU`` that the twin holds once."""
+    twin = theirs.PreActResBlock(4, 4, 2)
+    twin.act = torch.nn.PReLU()
+    act = nnx.PReLU()
+    assert_twin(lambda **o: blocks.PreActResBlock(4, 4, 2, act=act, **o), twin.double)
 
 
 def test_the_activation_is_used_everywhere() -> None:
@@ -192,8 +174,28 @@ def test_the_defaults_are_the_documents() -> None:
             lambda r: blocks.PreActResBlock(4, 6, 4, rngs=r),
             "groups must divide in_ch and out_ch, got groups=4 and in_ch=4 and out_ch=6",
         ),
-        (lambda r: blocks.PreActResBlock(4, 4, 2, 1, -0.1, rngs=r), r"p must lie in \[0, 1\]"),
-        (lambda r: blocks.PreActResBlock(4, 4, 2, 1, 1.1, rngs=r), r"p must lie in \[0, 1\]"),
+        (
+            lambda r: blocks.PreActResBlock(4, 4, 2, 1, -0.1, **ZEROS, rngs=r),
+            r"p must lie in \[0, 1\]",
+        ),
+        (
+            lambda r: blocks.PreActBottleneck(4, 1, 1, 1.1, **ZEROS, rngs=r),
+            r"p must lie in \[0, 1\]",
+        ),
+        (lambda r: blocks.Bottleneck(4, 0, rngs=r), "width must be .* got width=0"),
+        (lambda r: blocks.PreActBottleneck(4, True, rngs=r), "width must be .* got width=True"),
+        (
+            lambda r: blocks.PreActResBlock(4, 4, 2, projects="norm", rngs=r),
+            "projects must be 'raw' or 'activated', got projects='norm'",
+        ),
+        (
+            lambda r: blocks.ConvNormAct(4, 4, 2, rngs=r),
+            "odd integer or a tuple of such, got k.*=2",
+        ),
+        (lambda r: blocks.ConvNormAct(4, 4, (3, 0), rngs=r), r"odd integer .*=\(3, 0\)"),
+        (lambda r: blocks.ConvNormAct(4, 4, [3], rngs=r), r"odd integer .*=\[3\]"),
+        (lambda r: blocks.ConvNormAct(4, 4, -1, rngs=r), "each at least 1, got kernel_size"),
+        (lambda r: blocks.ConvNormAct(4, 4, drop=2.0, **ZEROS, rngs=r), r"p must lie in \[0, 1\]"),
         (lambda _: blocks.BasicBlock(4, 4), "a layer with random weights needs rngs. Pass rngs="),
         (
             lambda _: blocks.PreActResBlock(4, 4, norm=nnx.LayerNorm),  # this norm needs them, too
@@ -213,16 +215,20 @@ def test_bad_arguments_are_named(make: Callable[[nnx.Rngs], object], message: st
         ({"act": nnx.PReLU}, "act must be a function of an array, got act=<class"),
         ({"norm": "bn"}, "norm must be a function that builds a norm, got norm='bn'. Pass e.g. fu"),
         ({"norm": norms.BatchNorm(4)}, r"got norm='BatchNorm'\. Pass e\.g\. functools\.partial\("),
+        ({"residual": 0.1}, r"must be a blocks.Residual, got residual=0.1. Pass e.g. blocks.Res"),
     ],
     ids=str,
 )
-def test_what_is_no_function_is_refused(choice: dict[str, object], message: str) -> None:
-    for make in (blocks.BasicBlock, functools.partial(blocks.PreActResBlock, groups=2)):
-        with pytest.raises(ValueError, match=message):
-            make(4, 4, **choice, rngs=nnx.Rngs(0))
+@each_kind
+def test_what_is_no_choice_is_refused(kind: str, choice: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built(f"{kind} same", **choice)
 
 
-BOTH = {"basic": basic(4, 6, 2)[0], "pre-act": pre_act(4, 6, 2, 0.3)[0]}
+BOTH = {
+    "basic": functools.partial(blocks.BasicBlock, 4, 6, 2),
+    "pre-act": functools.partial(blocks.PreActResBlock, 4, 6, 2, 2, 0.3),
+}
 each_block = pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
 
 
@@ -231,20 +237,16 @@ def output(block: nnx.Module, x: jax.Array) -> jax.ShapeDtypeStruct:
         return nnx.eval_shape(lambda block, x: block(x), block, x)
 
 
-@each_block
-def test_dtypes_reach_every_layer(make: Block) -> None:
-    block = make(dtype=jnp.bfloat16, param_dtype=jnp.float16, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("name", [*TWINS, "conv"])
+def test_dtypes_reach_every_layer(name: str) -> None:
+    conv = functools.partial(blocks.ConvNormAct, 4, 6, rngs=nnx.Rngs(0))
+    make = conv if name == "conv" else functools.partial(built, name)
+    block = make(dtype=jnp.bfloat16, param_dtype=jnp.float16)
     params = jax.tree.leaves(nnx.state(block, nnx.Param))
     assert {leaf.dtype.name for leaf in params} == {"float16"}
     x = jnp.asarray(IMAGES, jnp.float32)
     assert output(block, x).dtype == jnp.bfloat16
-    assert output(make(rngs=nnx.Rngs(0)), jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
-
-
-@pytest.mark.parametrize("make", [basic(4, 4, 1)[0], pre_act(4, 4, 1)[0]], ids=BOTH)
-def test_an_identity_skip_takes_the_branchs_dtype(make: Block) -> None:
-    block = make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert output(block, jnp.asarray(IMAGES, jnp.float32)).dtype == jnp.bfloat16
+    assert output(make(), jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 @each_block
@@ -287,3 +289,25 @@ def test_nothing_needs_a_dropout_stream_unless_something_drops() -> None:
     blocks.PreActResBlock(4, 4, 2, rngs=nnx.Rngs(params=0))
     with pytest.raises(ValueError, match=r"dropout needs nnx\.Rngs with a 'dropout' stream"):
         blocks.PreActResBlock(4, 4, 2, drop=0.1, rngs=nnx.Rngs(params=0))
+
+
+def test_in_evaluation_a_block_may_be_closed_over_by_a_program() -> None:
+    block = blocks.PreActBottleneck(4, 1, drop=0.5, rngs=nnx.Rngs(0))
+    x = jnp.asarray(IMAGES, jnp.float32)
+
+    def traced() -> jax.ShapeDtypeStruct:
+        return jax.eval_shape(lambda x: 1 * block(x), x)
+
+    block.eval()
+    assert traced().shape == x.shape
+    block.train()
+    with pytest.raises(Exception, match="different trace level"):
+        traced()
+
+
+def test_outputs_of_a_blocks_layers_can_be_captured() -> None:
+    block, x = blocks.BasicBlock(4, 4, rngs=nnx.Rngs(0)), jnp.asarray(IMAGES, jnp.float32)
+    _, found = nnx.capture(block, nnx.Intermediate, method_outputs=nnx.Intermediate)(x)
+    seen = {n: found[n]["__call__"].get_value()[0] for n in ("conv1", "bn1", "conv2", "bn2", "add")}
+    np.testing.assert_array_equal(seen["add"], x + seen["bn2"])
+    np.testing.assert_array_equal(seen["conv1"], block.conv1(x))

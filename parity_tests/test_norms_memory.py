@@ -214,6 +214,15 @@ def test_a_fused_form_changes_the_layer_that_it_is_given() -> None:
     assert int(layer.count[...]) == 1
 
 
+def test_in_evaluation_a_fused_form_may_be_closed_over_by_a_program() -> None:
+    layer, x = norms.BatchNorm(3), jnp.asarray(values(4, 3), jnp.float32)
+    layer.eval()
+    assert jax.eval_shape(lambda x: norms.norm_act(layer, jax.nn.relu, x), x).shape == x.shape
+    layer.train()
+    with pytest.raises(Exception, match="different trace level"):
+        jax.eval_shape(lambda x: norms.norm_act(layer, jax.nn.relu, x), x)
+
+
 def test_a_residual_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="residual must have the shape of x"):
         norms.norm_add_act(norms.BatchNorm(3), jax.nn.relu, jnp.ones((4, 3)), jnp.ones((1, 3)))

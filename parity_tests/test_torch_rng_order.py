@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxstab import linear, norms
+from flaxstab import blocks, linear, norms
+from flaxstab.blocks._residual import Add
 from flaxstab.torch_rng import Generator, Tensors, layer_rule, seed_parameters
 from flaxstab.torch_rng._layers import DRAWS, SILENT
 from flaxstab.torch_rng._order import is_as_built
@@ -216,6 +217,7 @@ def test_types_that_draw_and_types_that_do_not_are_different() -> None:
 @pytest.mark.parametrize("silent", SILENT, ids=lambda t: t.__module__ + "." + t.__name__)
 def test_silent_layers_stay_as_they_are(silent: type[nnx.Module]) -> None:
     arguments = (2, 4) if silent in (norms.GroupNorm, norms.GhostBatchNorm) else (4,)
+    arguments = (blocks.Residual(layer_scale=0.5), 4) if silent is Add else arguments
     options = {"num_groups": 2} if silent is nnx.GroupNorm else {}
     if silent is norms.InstanceNorm:
         options = {"affine": True}

@@ -1,14 +1,66 @@
-"""Residual blocks: document 2, B-6, C-5, C-6 and I."""
+"""Residual blocks: document 2, B-6, C-5, C-6 and I, and their bottlenecks."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from torch_ref.dropout import feed_forward
 from torch_ref.initializers import init_layer
 
+Rule = Callable[[nn.Module], object]
+
 
 def scaled_residual(x: Tensor, branch: Tensor, scale: float = 0.1) -> Tensor:
     """Residual scaling, x + scale * branch: a branch that starts small (document 2, B-6)."""
     return x + scale * branch
+
+
+class Add(nn.Module):
+    """How a block adds its branch: x + scale * gamma * branch, gamma per channel (LayerScale).
+
+    Touvron et al.: Going deeper with image transformers, 2021, arXiv 2103.17239.
+
+    Args:
+        scale: Constant factor.
+        gamma: Initial value of the learned factor; None = none.
+        channels: Size of axis 1, for ``gamma``.
+    """
+
+    def __init__(
+        self, scale: float = 1.0, gamma: float | None = None, channels: int | None = None
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.gamma = None if gamma is None else nn.Parameter(torch.full((channels or 0,), gamma))
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Add ``branch`` to ``x``, both ``(N, C, *space)``."""
+        if self.gamma is not None:
+            branch = branch * self.gamma.reshape(-1, *[1] * (branch.ndim - 2))
+        return scaled_residual(x, branch, self.scale)
+
+
+def _projection(in_ch: int, out_ch: int, stride: int) -> nn.Module:
+    """The skip: a 1x1 convolution where the shape changes, else the identity."""
+    if stride == 1 and in_ch == out_ch:
+        return nn.Identity()
+    return nn.Conv2d(in_ch, out_ch, 1, stride, bias=False)
+
+
+def _normed_projection(in_ch: int, out_ch: int, stride: int) -> nn.Module:
+    """The skip of post-activation blocks: a 1x1 convolution and a norm, or the identity."""
+    skip = _projection(in_ch, out_ch, stride)
+    if isinstance(skip, nn.Identity):
+        return skip
+    return nn.Sequential(skip, nn.BatchNorm2d(out_ch))
+
+
+def _check_projects(projects: str) -> None:
+    if projects not in ("raw", "activated"):
+        raise ValueError(
+            f"projects must be 'raw' or 'activated', got projects={projects!r}; choose one."
+        )
 
 
 class PreActResBlock(nn.Module):
@@ -24,28 +76,92 @@ class PreActResBlock(nn.Module):
         groups: Groups of both norms.
         stride: Stride of the first convolution and of the skip.
         drop: Probability of dropping a channel of the branch.
+        projects: What the projection sees, 'raw' or 'activated'.
+        init: Applied to every module at the end.
     """
 
     def __init__(
-        self, in_ch: int, out_ch: int, groups: int = 32, stride: int = 1, drop: float = 0.0
+        self,
+        in_ch: int,
+        out_ch: int,
+        groups: int = 32,
+        stride: int = 1,
+        drop: float = 0.0,
+        *,
+        projects: str = "raw",
+        init: Rule = init_layer,
     ) -> None:
         super().__init__()
+        _check_projects(projects)
         self.norm1 = nn.GroupNorm(groups, in_ch)
         self.conv1 = nn.Conv2d(in_ch, out_ch, 3, stride, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(groups, out_ch)
         self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1, bias=False)
         self.act = nn.ReLU()
+        self.projects = projects
         self.drop = nn.Dropout2d(drop)
-        self.skip = nn.Identity()
-        if stride != 1 or in_ch != out_ch:
-            self.skip = nn.Conv2d(in_ch, out_ch, 1, stride, bias=False)
-        self.apply(init_layer)
+        self.skip = _projection(in_ch, out_ch, stride)
+        self.add = Add()
+        self.apply(init)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_ch, H, W)`` to ``(N, out_ch, H / stride, W / stride)``, rounded up."""
-        h = self.conv1(self.act(self.norm1(x)))
+        activated = self.act(self.norm1(x))
+        h = self.conv1(activated)
         h = self.conv2(self.act(self.norm2(h)))
-        return self.drop(h) + self.skip(x)
+        changed = isinstance(self.skip, nn.Conv2d)
+        seen = activated if changed and self.projects == "activated" else x
+        return self.add(self.skip(seen), self.drop(h))
+
+
+class PreActBottleneck(nn.Module):
+    """Pre-activation bottleneck with batch normalisation: norm, ReLU, convolution, three times.
+
+    He et al.: Identity mappings in deep residual networks, 2016, arXiv 1603.05027.
+
+    Args:
+        in_ch: Channels of the input.
+        width: Channels of the middle; the output has four times as many.
+        stride: Stride of the 3x3 convolution and of the skip.
+        drop: Probability of dropping a channel of the branch.
+        projects: What the projection of the skip sees, 'raw' or 'activated'.
+        init: Applied to every module at the end.
+    """
+
+    def __init__(
+        self,
+        in_ch: int,
+        width: int,
+        stride: int = 1,
+        drop: float = 0.0,
+        *,
+        projects: str = "activated",
+        init: Rule = init_layer,
+    ) -> None:
+        super().__init__()
+        _check_projects(projects)
+        self.norm1 = nn.BatchNorm2d(in_ch)
+        self.conv1 = nn.Conv2d(in_ch, width, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.norm3 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.act = nn.ReLU()
+        self.projects = projects
+        self.drop = nn.Dropout2d(drop)
+        self.skip = _projection(in_ch, 4 * width, stride)
+        self.add = Add()
+        self.apply(init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_ch, H, W)`` to ``(N, 4 * width, H / stride, W / stride)``, rounded up."""
+        activated = self.act(self.norm1(x))
+        h = self.conv1(activated)
+        h = self.conv2(self.act(self.norm2(h)))
+        h = self.conv3(self.act(self.norm3(h)))
+        changed = isinstance(self.skip, nn.Conv2d)
+        seen = activated if changed and self.projects == "activated" else x
+        return self.add(self.skip(seen), self.drop(h))
 
 
 class BasicBlock(nn.Module):
@@ -59,27 +175,62 @@ class BasicBlock(nn.Module):
         in_ch: Channels of the input.
         out_ch: Channels of the output.
         stride: Stride of the first convolution and of the skip.
+        init: Applied to every module at the end.
     """
 
-    def __init__(self, in_ch: int, out_ch: int, stride: int = 1) -> None:
+    def __init__(
+        self, in_ch: int, out_ch: int, stride: int = 1, *, init: Rule = init_layer
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_ch, out_ch, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_ch)
         self.conv2 = nn.Conv2d(out_ch, out_ch, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_ch)
         self.relu = nn.ReLU()
-        self.downsample = nn.Identity()
-        if stride != 1 or in_ch != out_ch:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_ch, out_ch, 1, stride, bias=False), nn.BatchNorm2d(out_ch)
-            )
-        self.apply(init_layer)
+        self.downsample = _normed_projection(in_ch, out_ch, stride)
+        self.add = Add()
+        self.apply(init)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, in_ch, H, W)`` to ``(N, out_ch, H / stride, W / stride)``, rounded up."""
         h = self.relu(self.bn1(self.conv1(x)))
         h = self.bn2(self.conv2(h))
-        return self.relu(h + self.downsample(x))
+        return self.relu(self.add(self.downsample(x), h))
+
+
+class Bottleneck(nn.Module):
+    """Post-activation bottleneck: 1x1, 3x3 and 1x1 convolution, each with BN; add; ReLU.
+
+    The names and, with the stride in the 3x3 convolution, the structure of torchvision's
+    ``Bottleneck``; the initialisation is the documents'. ``bn3`` is the last norm of the branch.
+    He et al.: Deep residual learning, 2015, arXiv 1512.03385.
+
+    Args:
+        in_ch: Channels of the input.
+        width: Channels of the middle; the output has four times as many.
+        stride: Stride of the 3x3 convolution and of the skip.
+        init: Applied to every module at the end.
+    """
+
+    def __init__(self, in_ch: int, width: int, stride: int = 1, *, init: Rule = init_layer) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_ch, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.relu = nn.ReLU()
+        self.downsample = _normed_projection(in_ch, 4 * width, stride)
+        self.add = Add()
+        self.apply(init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_ch, H, W)`` to ``(N, 4 * width, H / stride, W / stride)``, rounded up."""
+        h = self.relu(self.bn1(self.conv1(x)))
+        h = self.relu(self.bn2(self.conv2(h)))
+        h = self.bn3(self.conv3(h))
+        return self.relu(self.add(self.downsample(x), h))
 
 
 class TransformerBlock(nn.Module):

@@ -162,6 +162,7 @@ SCALE = one("scale", "weight")
 MEAN = one("mean", "running_mean", rank=1)
 VAR = one("var", "running_var", rank=1)
 COUNT = one("count", "num_batches_tracked", lambda count: np.asarray(count, np.int64), rank=0)
+GAMMA = one("gamma", "gamma", rank=1)
 EMBEDDING = one("embedding", "weight", rank=2)
 SLOPE = one("negative_slope", "weight", reshaped((1,)), reshaped(()), "(1,) -> ()", rank=0)
 

@@ -9,11 +9,13 @@ from flax import nnx
 
 from flaxstab import attention, dropout, linear, norms
 from flaxstab._checks import check
+from flaxstab.blocks._residual import Add
 from flaxstab.interop._entries import (
     BIAS,
     COUNT,
     EMBEDDING,
     FLIPPED,
+    GAMMA,
     KERNEL,
     MATRIX,
     MEAN,
@@ -100,6 +102,7 @@ RULES: dict[type[nnx.Module], Rule] = {
     norms.RMSNorm: _fixed(SCALE),
     norms.GroupNorm: _NORM,
     attention.MultiHeadAttention: Rule(packed_attention, owns=True),
+    Add: _fixed(GAMMA),
     dropout.Dropout: _fixed(),
     dropout.ChannelDropout: _fixed(),
     nnx.Linear: _LINEAR,

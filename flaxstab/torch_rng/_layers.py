@@ -9,6 +9,7 @@ from flax import nnx
 
 from flaxstab import attention, initializers, interop, linear
 from flaxstab._checks import check
+from flaxstab.blocks._residual import Add
 from flaxstab.norms._kinds import NORMS
 from flaxstab.torch_rng._generator import Generator
 
@@ -93,7 +94,7 @@ OWNERS: frozenset[type[nnx.Module]] = frozenset(
 )
 """Layers whose submodules are parts of them and draw nothing for themselves."""
 
-SILENT: tuple[type[nnx.Module], ...] = NORMS
+SILENT: tuple[type[nnx.Module], ...] = (*NORMS, Add)
 """Layers with arrays whose counterparts draw nothing: they stay as they are."""
 
 
