@@ -10,9 +10,10 @@ import pytest
 import torch
 from flax import nnx
 
-from flaxstab import blocks, initializers, interop, norms, optim, parity
+from flaxstab import blocks, initializers, interop, norms, optim
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same
+from parity_tests.support.one_step import assert_one_step
 from torch_ref import blocks as theirs
 from torch_ref.dropout import feed_forward
 
@@ -166,14 +167,16 @@ class Two(nnx.Module):
         return self.mlp(self.post(x, src_key_padding_mask=padding))
 
 
+MLP_NAMES = ("fc1", "act", "drop1", "fc2", "drop2")
+
+
 class TorchTwo(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pre = theirs.TransformerBlock(D, HEADS, 2, 0.3, out_drop=0.2)
         self.post = encoder(dropout=0.3)
-        layers = feed_forward(D, 12, 0.3)
-        names = ("fc1", "act", "drop1", "fc2", "drop2")
-        self.mlp = torch.nn.Sequential(OrderedDict(zip(names, layers, strict=True)))
+        names = OrderedDict(zip(MLP_NAMES, feed_forward(D, 12, 0.3), strict=True))
+        self.mlp = torch.nn.Sequential(names)
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
         x = self.pre(x, key_padding_mask=padding)
@@ -181,10 +184,21 @@ class TorchTwo(torch.nn.Module):
 
 
 def test_training_with_the_same_masks_is_torchs() -> None:
-    """Every dropout replayed; gradients of all parameters; evaluation after ten steps."""
-    twin = drawn(TorchTwo())
-    report = parity.compare(Two(nnx.Rngs(0)), twin, X, PADDED, dtypes=())
-    assert report.passed, str(report)
+    """Every dropout replayed; gradients of all parameters."""
+    assert_one_step(Two(nnx.Rngs(0)), drawn(TorchTwo()), X, PADDED)
+
+
+class Unscaled(blocks.MLP):
+    """A fault: what is kept is not scaled."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) * 0.7
+
+
+def test_one_step_can_fail() -> None:
+    names = OrderedDict(zip(MLP_NAMES, feed_forward(D, 12, 0.3), strict=True))
+    with pytest.raises(AssertionError, match="is above the bound"):
+        assert_one_step(Unscaled(D, 12, drop=0.3, rngs=nnx.Rngs(0)), torch.nn.Sequential(names), X)
 
 
 def twin_names(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """PyTorch's own Transformer layers, batch first."""
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -56,10 +57,11 @@ class _Parts(NamedTuple):
 
     def norm(self) -> nnx.Module:
         """Returns a norm."""
-        options = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": self.rngs}
-        if self.make_norm is not None:
-            return self.make_norm(self.d_model, **options)
-        return LayerNorm(self.d_model, self.layer_norm_eps, bias=self.bias, **options)
+        default = partial(LayerNorm, eps=self.layer_norm_eps, bias=self.bias)
+        make_norm = default if self.make_norm is None else self.make_norm
+        return make_norm(
+            self.d_model, dtype=self.dtype, param_dtype=self.param_dtype, rngs=self.rngs
+        )
 
     def drop(self) -> Dropout:
         """Returns a dropout layer."""

@@ -131,11 +131,11 @@ class TransformerLM(nnx.Module):
         return self.embed.attend(self.norm(x))
 
 
-def _to_torch(module: TransformerLM) -> dict[str, np.ndarray]:
-    return {"position": np.asarray(module.position[...])}
+def _to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
+    return {"position": np.asarray(vars(module)["position"][...])}
 
 
-def _to_flax(module: TransformerLM, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _to_flax(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     del module
     return {"position": tensors["position"]}
 

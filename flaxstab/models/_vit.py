@@ -203,11 +203,11 @@ vit_small_patch16_224 = partial(ViT, VIT_SMALL)
 """Builds a :class:`ViT` of timm's sizes: 22,050,664 parameters with 1000 classes."""
 
 
-def _to_torch(module: ViT) -> dict[str, np.ndarray]:
+def _to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
     return {name: np.asarray(vars(module)[name][...]) for name in _OWN}
 
 
-def _to_flax(module: ViT, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _to_flax(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     del module
     return {name: tensors[name] for name in _OWN}
 
