@@ -12,7 +12,7 @@ from flax import nnx
 
 from flaxstab import blocks, dropout, linear, norms
 from parity_tests.support.cases import values
-from parity_tests.support.contracts import Embedded, narrowings
+from parity_tests.support.contracts import Embedded, Recurrent, narrowings
 
 C = 4
 STACK = 3
@@ -67,6 +67,16 @@ ROWS = {
     "Dropout": Row(dropout.Dropout, lambda **o: dropout.Dropout(0.5, **o), mode=DROPPING),
     "ChannelDropout": Row(
         dropout.ChannelDropout, lambda **o: dropout.ChannelDropout(0.5, **o), mode=DROPPING
+    ),
+    "AlphaDropout": Row(
+        dropout.AlphaDropout, lambda **o: dropout.AlphaDropout(0.5, **o), mode=DROPPING
+    ),
+    "DropPath": Row(dropout.DropPath, lambda **o: dropout.DropPath(0.5, **o), mode=DROPPING),
+    "RecurrentDropout": Row(
+        dropout.RecurrentDropout, lambda **o: dropout.RecurrentDropout(0.5, **o), mode=DROPPING
+    ),
+    "RecurrentDropoutCell": Row(
+        dropout.RecurrentDropoutCell, lambda **o: Recurrent(C, 0.5, **o), mode=DROPPING
     ),
     "BasicBlock": Row(
         blocks.BasicBlock, lambda **o: blocks.BasicBlock(C, C, **o), (5, 3, 3, C), RUNNING

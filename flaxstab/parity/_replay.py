@@ -1,9 +1,10 @@
 """Lets PyTorch's random layers use the draws that a Flax model is about to make."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,8 @@ from flax import nnx
 from flaxstab import interop
 from flaxstab._checks import check
 from flaxstab._typing import Shape
-from flaxstab.dropout import ChannelDropout, Dropout
+from flaxstab.dropout import AlphaDropout, ChannelDropout, Dropout, DropPath, RecurrentDropout
+from flaxstab.dropout._base import Dropping
 from flaxstab.parity._inputs import Layout, channels_first
 from flaxstab.parity._replay_attention import attention_rate, replay_attention
 
@@ -26,13 +28,25 @@ Apply = Callable[..., "torch.Tensor"]
 
 
 class _Replay(NamedTuple):
+    """How a random layer is replayed.
+
+    Attributes:
+      draw: from the layer and the input's shape, features last, to what it draws.
+      apply: from torch's module, its input and the draw to its output.
+      kinds: names of torch's modules that do the same; none for a registered layer, which may have
+        any counterpart.
+      layout: that of torch's input: the one given for the model, or always the same one.
+    """
+
     draw: Draw
     apply: Apply
-    channelwise: bool = False  # torch's channels are at axis 1 whatever the model's layout
+    kinds: tuple[str, ...] = ()
+    layout: Literal["given", "image", "same"] = "given"
 
 
 def _kept(layer: nnx.Module, shape: Shape) -> np.ndarray:
-    return np.asarray(layer(jnp.ones(shape))) != 0
+    # What alpha dropout drops of ones becomes negative, and 0 for p 1.
+    return np.asarray(layer(jnp.ones(shape))) > 0
 
 
 def _kept_channels(layer: nnx.Module, shape: Shape) -> np.ndarray:
@@ -40,8 +54,14 @@ def _kept_channels(layer: nnx.Module, shape: Shape) -> np.ndarray:
     return _kept(layer, shape)[:, *one]  # (N, *space, C) -> (N, 1, ..., 1, C)
 
 
-def _dropped(module: "torch.nn.Dropout", x: "torch.Tensor", kept: "torch.Tensor") -> "torch.Tensor":
-    return x * (kept.to(x.dtype) * (0.0 if module.p == 1 else 1 / (1 - module.p)))
+def _kept_samples(layer: nnx.Module, shape: Shape) -> np.ndarray:
+    one = (slice(1),) * (len(shape) - 1)
+    return _kept(layer, shape)[:, *one]  # (N, ...) -> (N, 1, ..., 1)
+
+
+def _dropped(module: "torch.nn.Module", x: "torch.Tensor", kept: "torch.Tensor") -> "torch.Tensor":
+    p = _torch_rate(module)
+    return x * (kept.to(x.dtype) * (0.0 if p == 1 else 1 / (1 - p)))
 
 
 def _dropped_channels(
@@ -51,6 +71,18 @@ def _dropped_channels(
     rule = f"torch's {type(module).__name__} must get {axes} axes, batch and channels first"
     check(x.ndim == axes, rule, shape=tuple(x.shape))
     return _dropped(module, x, kept)
+
+
+def _dropped_alpha(
+    module: "torch.nn.AlphaDropout", x: "torch.Tensor", kept: "torch.Tensor"
+) -> "torch.Tensor":
+    """Computes what ``torch.alpha_dropout`` does, in its order."""
+    if module.p == 1:
+        return x * 0
+    alpha = 1.7580993408473766
+    scale = 1 / math.sqrt((alpha**2 * module.p + 1) * (1 - module.p))
+    noise = kept.to(x.dtype)
+    return x * (noise * scale) + ((noise - 1) * (alpha * scale) + alpha * scale * module.p)
 
 
 class Draws:
@@ -79,13 +111,19 @@ class Draws:
         self._seen.add(mark)
 
 
-_DROPOUTS = (Dropout, ChannelDropout, nnx.Dropout)
-_DROPOUT = _Replay(_kept, _dropped)
+_DROPOUT = _Replay(_kept, _dropped, ("Dropout",))
+_CHANNELS = ("Dropout1d", "Dropout2d", "Dropout3d")
 _REPLAYS: dict[type[nnx.Module], _Replay] = {
     Dropout: _DROPOUT,
     nnx.Dropout: _DROPOUT,
-    ChannelDropout: _Replay(_kept_channels, _dropped_channels, channelwise=True),
+    ChannelDropout: _Replay(_kept_channels, _dropped_channels, _CHANNELS, "image"),
+    AlphaDropout: _Replay(_kept, _dropped_alpha, ("AlphaDropout",)),
+    DropPath: _Replay(_kept_samples, _dropped, ("DropPath", "StochasticDepth")),
+    RecurrentDropout: _Replay(_kept_channels, _dropped, ("RecurrentDropout",), "same"),
 }
+_DROPOUTS = tuple(_REPLAYS)
+# Not torch's own: torch_ref's, timm's DropPath, torchvision's StochasticDepth.
+_BY_NAME = ("DropPath", "StochasticDepth", "RecurrentDropout")
 
 
 def register_replay(module_type: type[nnx.Module], *, draw: Draw, apply: Apply) -> None:
@@ -133,8 +171,9 @@ def replayed(
 
     Run torch's step inside the block, then the Flax step: both drop the same elements. The Flax
     model's streams are read, not advanced; a layer that is called twice draws twice. Replayed are
-    :class:`flaxstab.dropout.Dropout`, :class:`flaxstab.dropout.ChannelDropout`, ``nnx.Dropout``,
-    :class:`flaxstab.attention.MultiHeadAttention` and types given to :func:`register_replay`.
+    the layers of :mod:`flaxstab.dropout`, ``nnx.Dropout``,
+    :class:`flaxstab.attention.MultiHeadAttention` and types given to :func:`register_replay`; not
+    the state of a :class:`flaxstab.dropout.RecurrentDropoutCell`.
 
     Args:
       flax_model: a model in training mode.
@@ -151,8 +190,6 @@ def replayed(
         another probability, is of another kind, or works in place; or if a Flax dropout's
         counterpart is no dropout of its kind.
     """
-    import torch
-
     layers, kept = interop.named_modules(flax_model), draws or Draws()
     handles = []
     for name, module in torch_model.named_modules():
@@ -160,8 +197,7 @@ def replayed(
         if attention_rate(module) or attention_rate(source):
             handles += replay_attention(name, module, source, partial(kept.add, name))
             continue
-        is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
-        if (is_dropout and module.p > 0) or _rate(source) > 0:
+        if _torch_rate(module) > 0 or _rate(source) > 0:
             _check_dropout(name, module, source)
         elif isinstance(source, _DROPOUTS):
             continue
@@ -184,23 +220,39 @@ def _renamed(name: str, rename: Callable[[str], str] | None) -> str:
 
 def _rate(source: nnx.Module | None) -> float:
     """Returns with which probability a Flax layer drops, 0 if it is no dropout."""
-    if isinstance(source, Dropout | ChannelDropout):
-        return source.p
-    return source.rate if isinstance(source, nnx.Dropout) else 0.0
+    if isinstance(source, nnx.Dropout):
+        return source.rate
+    return source.p if isinstance(source, Dropping) else 0.0
+
+
+def _torch_rate(module: "torch.nn.Module") -> float:
+    """Returns with which probability a torch module drops, 0 if it is none of the known kinds."""
+    import torch
+
+    own = isinstance(module, torch.nn.modules.dropout._DropoutNd)
+    if not own and type(module).__name__ not in _BY_NAME:
+        return 0.0
+    return getattr(module, "p", getattr(module, "drop_prob", None)) or 0.0
+
+
+def _is_kind(module: "torch.nn.Module", kinds: tuple[str, ...]) -> bool:
+    """Whether a module is of a kind; a torch name means torch's own class."""
+    import torch
+
+    kind = type(module)
+    named = kind.__name__ in kinds and getattr(torch.nn, kind.__name__, kind) is kind
+    by_rows = getattr(module, "mode", "row") == "row" and getattr(module, "scale_by_keep", True)
+    return named and by_rows and not getattr(module, "inplace", False)
 
 
 def _check_dropout(name: str, module: "torch.nn.Module", source: nnx.Module | None) -> None:
-    import torch
-
-    nn = torch.nn
-    channelwise = isinstance(source, ChannelDropout)
-    kinds = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d) if channelwise else (nn.Dropout,)
-    plain = type(module) in kinds and not module.inplace
-    if not plain or _rate(source) != module.p:
+    kinds = next((_REPLAYS[k].kinds for k in _DROPOUTS if isinstance(source, k)), ())
+    if not _is_kind(module, kinds) or _rate(source) != _torch_rate(module):
         raise ValueError(
             "every torch dropout must be a torch.nn.Dropout, not in place, with a flaxstab or nnx "
-            "Dropout of its name and probability, or a Dropout1d, Dropout2d or Dropout3d with a "
-            f"flaxstab ChannelDropout, got {name!r}: {module} and "
+            "Dropout of its name and probability; likewise an AlphaDropout, a RecurrentDropout, a "
+            "DropPath or StochasticDepth of rows with a flaxstab DropPath, and a Dropout1d, "
+            f"Dropout2d or Dropout3d with a flaxstab ChannelDropout, got {name!r}: {module} and "
             f"{type(source).__name__} of probability {_rate(source)}. "
             "Give both the same probability, or set it to 0."
         )
@@ -212,11 +264,8 @@ def check_silent(torch_model: "torch.nn.Module") -> None:
     Raises:
       ValueError: if a torch dropout layer, or attention, drops anything.
     """
-    import torch
-
     for name, module in torch_model.named_modules():
-        drops = isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0
-        if drops or attention_rate(module) > 0:
+        if _torch_rate(module) > 0 or attention_rate(module) > 0:
             raise ValueError(
                 "dropout is replayed for NNX modules only, got a Linen module or a function beside "
                 f"{name!r}: {module}. Set the probability to 0 on both sides."
@@ -227,7 +276,8 @@ def _hook(
     name: str, layer: nnx.Module, layout: Layout, draws: Draws
 ) -> Callable[..., "torch.Tensor"]:
     replay = _REPLAYS[type(layer)]
-    own: Layout = "image" if replay.channelwise else layout
+    layouts: dict[str, Layout] = {"given": layout, "image": "image", "same": None}
+    own = layouts[replay.layout]
 
     def hook(
         module: "torch.nn.Module", inputs: "tuple[torch.Tensor]", output: "torch.Tensor"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from flaxstab import linear
+from flaxstab import dropout, linear
 
 
 def narrowings(program: ClosedJaxpr) -> list[str]:
@@ -41,3 +41,29 @@ class Embedded(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         rows = self.embed(jnp.argmax(x, -1))
         return jnp.asarray(x, rows.dtype) * rows
+
+
+class _Adding(nnx.RNNCellBase):
+    """A cell that maps the sum of its state and its input."""
+
+    def __init__(self, features: int, **options: object) -> None:
+        self.linear = linear.Linear(features, features, **options)
+
+    def __call__(self, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        carry = self.linear(carry + inputs)
+        return carry, carry
+
+
+class Recurrent(nnx.Module):
+    """A cell with dropout of its state as a map of sequences ``(N, T, C)``."""
+
+    def __init__(self, features: int, p: float, **options: object) -> None:
+        cell = _Adding(features, **options)
+        self.cell = dropout.RecurrentDropoutCell(cell, p, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        carry, outputs = self.cell.start(x[:, 0]), []
+        for step in range(1, x.shape[1] + 1):
+            carry, y = self.cell(carry, x[:, step % x.shape[1]])
+            outputs.append(y)
+        return jnp.stack(outputs, 1)

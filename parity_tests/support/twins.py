@@ -11,6 +11,7 @@ from flax import nnx
 
 from flaxstab import dropout, linear, models, norms
 from parity_tests.support.layers import image
+from torch_ref import dropout as torch_dropout
 from torch_ref import models as torch_models
 from torch_ref import norms as torch_norms
 
@@ -198,6 +199,23 @@ LAYERS: dict[str, Row] = {
     "channel dropout": Row(
         lambda: dropout.ChannelDropout(0.5, rngs=R), lambda: T.Dropout2d(0.5), ((2, 4, 5, 3),),
         _evaluated, lambda t, x: t.eval()(x),
+    ),
+    "alpha dropout": Row(
+        lambda: dropout.AlphaDropout(0.5, rngs=R), lambda: T.AlphaDropout(0.5), ((2, 3),),
+        _evaluated, lambda t, x: t.eval()(x),
+    ),
+    "drop path": Row(
+        lambda: dropout.DropPath(0.5, rngs=R), lambda: torch_dropout.DropPath(0.5), ((2, 3),),
+        _evaluated, lambda t, x: t.eval()(x),
+    ),
+    "recurrent dropout": Row(
+        lambda: dropout.RecurrentDropout(0.5, rngs=R), lambda: torch_dropout.RecurrentDropout(0.5),
+        ((2, 5, 3),), _evaluated, lambda t, x: t.eval()(x),
+    ),
+    "recurrent dropout cell": Row(
+        lambda: dropout.RecurrentDropoutCell(nnx.OptimizedLSTMCell(3, 4, rngs=R), 0.5, rngs=R),
+        lambda: torch_dropout.VariationalLSTM(3, 4), ((2, 5, 3),),
+        lambda layer, x: _evaluated(nnx.RNN(layer), x / 5), lambda t, x: t.eval()(x / 5),
     ),
     "nnx linear": Row(lambda: nnx.Linear(3, 5, rngs=R), lambda: T.Linear(3, 5), ((2, 3),)),
     "nnx linear no bias": Row(
