@@ -135,9 +135,11 @@ def attention_dropout_mask(key: Array, p: float, shape: Shape) -> Bool[Array, "*
     """
     *batch, length, keys = shape
     blocks = _Blocks.of(length)
-    sizes = [blocks.rows] * blocks.whole + [blocks.rest] * (blocks.rest > 0 or blocks.whole == 0)
-    parts = [_drawn(key, i, p, (*batch, rows, keys)) for i, rows in enumerate(sizes)]
-    return jnp.concatenate(parts, -2)
+
+    def drawn(index: Array | int, rows: int) -> Array:
+        return _drawn(key, index, p, (*batch, rows, keys))
+
+    return _joined(drawn, blocks)
 
 
 class _Blocks(NamedTuple):
@@ -149,8 +151,10 @@ class _Blocks(NamedTuple):
 
     @classmethod
     def of(cls, length: int) -> "_Blocks":
-        """Returns the fewest blocks, as even as they can be."""
-        rows = max(math.ceil(length / max(math.ceil(length / ROWS), 1)), 1)
+        """Returns the fewest blocks, as even as they can be: none is a few rows alone."""
+        if length <= ROWS:
+            return cls(length, 1, 0)
+        rows = math.ceil(length / math.ceil(length / ROWS))
         return cls(rows, length // rows, length % rows)
 
 
@@ -186,7 +190,7 @@ def _in_blocks(
 
 
 def _joined(block: Callable[[Array | int, int], Found], blocks: _Blocks) -> Found:
-    """Computes blocks one after the other and joins them along axis 2."""
+    """Computes blocks one after the other and joins them along the last axis but one."""
     if blocks.whole == 1 and not blocks.rest:
         return block(0, blocks.rows)
     again = recomputed(block, static_argnums=1)
@@ -196,12 +200,12 @@ def _joined(block: Callable[[Array | int, int], Found], blocks: _Blocks) -> Foun
     if not blocks.rest:
         return found
     last = again(jnp.asarray(blocks.whole, jnp.int32), blocks.rest)
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, 2), found, last)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, -2), found, last)
 
 
 def _merged(stack: Array) -> Array:
-    blocks, n, h, rows, last = stack.shape
-    return jnp.moveaxis(stack, 0, 2).reshape(n, h, blocks * rows, last)
+    blocks, *batch, rows, last = stack.shape
+    return jnp.moveaxis(stack, 0, -3).reshape(*batch, blocks * rows, last)
 
 
 def _rows_of(given: Given, start: Array | int, rows: int) -> Given:

@@ -93,15 +93,17 @@ def fitted(given: Given, how: How, shape: Shape) -> Given:
         dropout_key=None,
     )
     closed = (*shape[:3], shape[3] - how.open_keys)
-    fix = "Pass mask.astype(bool), true where a key is ignored; give floats as a bias."
-    masks = (_fit("mask", mask, closed, jnp.bool_, fix) for mask in given.masks)
-    fix = "Give booleans as a mask."
-    biases = (_fit("bias", bias, closed, jnp.floating, fix) for bias in given.biases)
-    fix = "Pass dropout_mask.astype(bool), true where a probability is kept."
+    fixes = (
+        "Pass mask.astype(bool), true where a key is ignored; give floats as a bias.",
+        "Give booleans as a mask.",
+        "Pass dropout_mask.astype(bool), true where a probability is kept.",
+    )
+    masks = tuple(_fit("mask", a, closed, jnp.bool_, fixes[0]) for a in given.masks)
+    biases = tuple(_fit("bias", a, closed, jnp.floating, fixes[1]) for a in given.biases)
     kept = given.kept
     if kept is not None:
-        kept = _fit("dropout_mask", kept, shape, jnp.bool_, fix)
-    return Given(tuple(masks), tuple(biases), given.key, kept)
+        kept = _fit("dropout_mask", kept, shape, jnp.bool_, fixes[2])
+    return Given(masks, biases, given.key, kept)
 
 
 def _fit(name: str, array: Array, shape: Shape, kind: type[object], fix: str) -> Array:
