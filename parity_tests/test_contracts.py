@@ -45,6 +45,7 @@ class Row(NamedTuple):
         return dtype if self.follows else "float32"
 
 
+WIRING = blocks.Residual(scale=0.1, layer_scale=0.5)
 RUNNING, DROPPING = "use_running_average", "deterministic"
 ROWS = {
     "BatchNorm": Row(norms.BatchNorm, lambda **o: norms.BatchNorm(C, **o), mode=RUNNING),
@@ -86,6 +87,18 @@ ROWS = {
         lambda **o: blocks.PreActResBlock(C, C, 2, drop=0.5, **o),
         (5, 3, 3, C),
         DROPPING,
+    ),
+    "Bottleneck": Row(
+        blocks.Bottleneck, lambda **o: blocks.Bottleneck(C, 1, **o), (5, 3, 3, C), RUNNING
+    ),
+    "PreActBottleneck": Row(
+        blocks.PreActBottleneck,
+        lambda **o: blocks.PreActBottleneck(C, 1, residual=WIRING, **o),
+        (5, 3, 3, C),
+        RUNNING,
+    ),
+    "ConvNormAct": Row(
+        blocks.ConvNormAct, lambda **o: blocks.ConvNormAct(C, C, (3,), **o), mode=RUNNING
     ),
     "Linear": Row(linear.Linear, lambda **o: linear.Linear(C, C, **o)),
     "Conv": Row(linear.Conv, lambda **o: linear.Conv(C, C, (3,), padding=1, **o)),

@@ -1,6 +1,7 @@
 """``zero_last_gamma``: branches start at zero, blocks are their skip path, and branches train."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +63,14 @@ def drawn(key: jax.Array, shape: tuple[int, ...], dtype: object = jnp.float32) -
 DRAWN = {"kernel_init": drawn}
 
 
-def relu_of_skip(block: blocks.BasicBlock, x: jax.Array) -> jax.Array:
+def relu_of_skip(block: blocks.BasicBlock | blocks.Bottleneck, x: jax.Array) -> jax.Array:
     return nnx.relu(x if block.downsample is None else block.downsample(x))
 
 
-def skip(block: blocks.PreActResBlock, x: jax.Array) -> jax.Array:
-    return x if block.skip is None else block.skip(x)
+def skip(block: blocks.PreActResBlock | blocks.PreActBottleneck, x: jax.Array) -> jax.Array:
+    if block.skip is None:
+        return x
+    return block.skip(x if block.projects == "raw" else block.act(block.norm1(x)))
 
 
 Build = Callable[[], nnx.Module]
@@ -80,6 +83,14 @@ KINDS: dict[str, tuple[Build, Skip, jax.Array, list[str]]] = {
     "pre-activation": (
         lambda: blocks.PreActResBlock(4, 6, 2, 2, 0.3, **DRAWN, rngs=nnx.Rngs(0)), skip, IMAGES,
         ["conv2.kernel"],
+    ),
+    "bottleneck": (
+        lambda: blocks.Bottleneck(4, 1, **DRAWN, rngs=nnx.Rngs(0)), relu_of_skip, IMAGES,
+        ["bn3.bias", "bn3.scale"],
+    ),
+    "pre-activation bottleneck": (
+        lambda: blocks.PreActBottleneck(4, 1, 2, projects="raw", **DRAWN, rngs=nnx.Rngs(0)),
+        skip, IMAGES, ["conv3.kernel"],
     ),
     "Pre-LN": (
         lambda: PreLN(nnx.Rngs(0)), lambda _, x: x, TOKENS,
@@ -174,10 +185,16 @@ def test_a_branch_that_is_not_zero_is_found() -> None:
         assert_starts_at_its_skip_and_trains(Probe(model, skip, IMAGES), [])
 
 
-def test_a_block_starts_as_its_projection_with_a_norm() -> None:
-    model = blocks.BasicBlock(4, 6, 2, **DRAWN, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize(
+    ("block", "sizes", "expected"),
+    [(blocks.BasicBlock, (4, 6, 2), relu_of_skip), (blocks.PreActBottleneck, (4, 2, 2), skip)],
+)
+def test_a_block_starts_as_its_projection_with_a_norm(
+    block: Callable[..., nnx.Module], sizes: tuple[int, ...], expected: Skip
+) -> None:
+    model = block(*sizes, **DRAWN, rngs=nnx.Rngs(0))
     surgery.zero_last_gamma(model)
-    found, expected = np.asarray(model(IMAGES)), np.asarray(relu_of_skip(model, IMAGES))
+    found, expected = np.asarray(model(IMAGES)), np.asarray(expected(model, IMAGES))
     # One program and one by one: each of a norm's four operations may round by half an eps.
     bound = 4 * np.finfo(np.float32).eps * np.abs(expected).max()
     assert np.abs(found - expected).max() <= bound < 1e-5 * np.abs(expected).max()
@@ -200,9 +217,9 @@ def test_the_last_norm_may_have_no_bias() -> None:
 
 
 def test_the_norms_that_are_zeroed_are_torch_refs() -> None:
-    theirs = torch.nn.Sequential(torch_blocks.BasicBlock(4, 4), torch_blocks.BasicBlock(4, 6, 2))
-    ours = nnx.List([blocks.BasicBlock(4, 4, **DRAWN, rngs=nnx.Rngs(0)),
-                     blocks.BasicBlock(4, 6, 2, **DRAWN, rngs=nnx.Rngs(0))])  # fmt: skip
+    theirs = torch.nn.Sequential(torch_blocks.BasicBlock(4, 6, 2), torch_blocks.Bottleneck(6, 1))
+    ours = nnx.List([blocks.BasicBlock(4, 6, 2, **DRAWN, rngs=nnx.Rngs(0)),
+                     blocks.Bottleneck(6, 1, **DRAWN, rngs=nnx.Rngs(0))])  # fmt: skip
     expected = torch_surgery.zero_last_bn_gamma(theirs)
     assert surgery.zero_last_gamma(ours) == [
         f"{n}.{v}" for n in expected for v in ("bias", "scale")
@@ -279,16 +296,12 @@ def test_the_reason_for_refusing_post_ln_is_true() -> None:
     np.testing.assert_array_equal(block(TOKENS), np.zeros(TOKENS.shape))
 
 
-def test_a_norm_without_scale_is_refused_by_the_blocks_name() -> None:
-    def norm(channels: int, **options: object) -> nnx.Module:
-        return norms.BatchNorm(channels, affine=False, **options)
-
-    model = nnx.Dict(
-        stage=nnx.List([blocks.BasicBlock(4, 4, norm=norm, **DRAWN, rngs=nnx.Rngs(0))])
-    )
-    message = "got 'stage.0' BasicBlock: its last layer is a BatchNorm without a scale or a kernel"
+@pytest.mark.parametrize("norm", [partial(norms.BatchNorm, affine=False), norms.FrozenBatchNorm])
+def test_a_norm_without_scale_is_refused_by_the_blocks_name(norm: Callable[..., object]) -> None:
+    block = blocks.BasicBlock(4, 4, norm=norm, **DRAWN, rngs=nnx.Rngs(0))
+    message = "'stage.0' BasicBlock: its last layer is a .*Norm without a scale or a kernel to tra"
     with pytest.raises(ValueError, match=message):
-        surgery.zero_last_gamma(model)
+        surgery.zero_last_gamma(nnx.Dict(stage=nnx.List([block])))
 
 
 def test_attention_is_named_by_its_output_layer() -> None:

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from parity_tests.support.torch_checks import assert_close, draw, norm_magnitude
-from torch_ref.blocks import BasicBlock, PreActResBlock, TransformerBlock, scaled_residual
+from torch_ref.blocks import (
+    Add,
+    BasicBlock,
+    Bottleneck,
+    PreActBottleneck,
+    PreActResBlock,
+    TransformerBlock,
+    scaled_residual,
+)
 from torch_ref.dropout import channel_dropout
 from torch_ref.functional import batch_norm, group_norm, layer_norm
 
@@ -31,18 +39,31 @@ def test_scaled_residual_adds_a_tenth_by_default() -> None:
     assert torch.equal(scaled_residual(x, branch, scale=0.5), x + 0.5 * branch)
 
 
+def test_a_branch_is_scaled_per_channel_too() -> None:
+    x, branch, gamma = draw(2, 3, 4, 5, seed=1), draw(2, 3, 4, 5, seed=2), draw(3, seed=3)
+    add = Add(0.1, 0.5, 3).double()
+    assert torch.equal(add.gamma.detach(), torch.full((3,), 0.5, dtype=torch.float64))
+    with torch.no_grad():
+        add.gamma.copy_(gamma)
+    assert torch.equal(add(x, branch).detach(), x + 0.1 * (branch * gamma[:, None, None]))
+    assert not [*Add().parameters()]
+    assert torch.equal(Add()(x, branch), x + branch)
+
+
+@pytest.mark.parametrize("projects", ["raw", "activated"])
 @pytest.mark.parametrize(("out_ch", "stride"), [(4, 1), (8, 1), (4, 2), (8, 2)])
-def test_the_pre_activation_block_is_its_formula(out_ch: int, stride: int) -> None:
+def test_the_pre_activation_block_is_its_formula(out_ch: int, stride: int, projects: str) -> None:
     torch.manual_seed(0)
-    block = PreActResBlock(4, out_ch, groups=2, stride=stride).double()
+    block = PreActResBlock(4, out_ch, groups=2, stride=stride, projects=projects).double()
     _randomise_affine(block)
     x = draw(3, 4, 7, 6, seed=1)
-    h = group_norm(x, 2, block.norm1.weight, block.norm1.bias).relu()
-    h = F.conv2d(h, block.conv1.weight, stride=stride, padding=1)
+    activated = group_norm(x, 2, block.norm1.weight, block.norm1.bias).relu()
+    h = F.conv2d(activated, block.conv1.weight, stride=stride, padding=1)
     g = group_norm(h, 2, block.norm2.weight, block.norm2.bias).relu()
     branch = F.conv2d(g, block.conv2.weight, padding=1)
     plain = out_ch == 4 and stride == 1
-    skip = x if plain else F.conv2d(x, block.skip.weight, stride=stride)
+    seen = x if projects == "raw" else activated
+    skip = x if plain else F.conv2d(seen, block.skip.weight, stride=stride)
     y = block(x)
     assert y.shape == (3, out_ch, math.ceil(7 / stride), math.ceil(6 / stride))
     assert isinstance(block.skip, nn.Identity) == plain
@@ -72,18 +93,35 @@ def test_dropout_of_the_pre_activation_block_is_by_channel_and_spares_the_skip()
     assert_close(y.detach(), expected.detach(), _size(branch, x) * 2)
 
 
-@pytest.mark.parametrize("block", [PreActResBlock, BasicBlock])
-def test_residual_blocks_start_with_kaiming_normal_kernels(block: type[nn.Module]) -> None:
+_TWO = [(64, 32, 3, 3), (64, 64, 3, 3), (64, 32, 1, 1)]
+_THREE = [(16, 32, 1, 1), (16, 16, 3, 3), (64, 16, 1, 1), (64, 32, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("block", "size", "shapes"),
+    [
+        (PreActResBlock, 64, _TWO),
+        (BasicBlock, 64, _TWO),
+        (Bottleneck, 16, _THREE),
+        (PreActBottleneck, 16, _THREE),
+    ],
+)
+def test_residual_blocks_start_with_kaiming_normal_kernels(
+    block: type[nn.Module], size: int, shapes: list[tuple[int, ...]]
+) -> None:
     torch.manual_seed(0)
-    model = block(32, 64)
+    model = block(32, size)
     torch.manual_seed(0)
-    shapes = [(64, 32, 3, 3), (64, 64, 3, 3), (64, 32, 1, 1)]
     for shape in shapes:  # what the constructors of the convolutions draw
         nn.Conv2d(shape[1], shape[0], shape[2], bias=False)
     expected = [nn.init.kaiming_normal_(torch.empty(s), nonlinearity="relu") for s in shapes]
     kernels = [theta for theta in model.parameters() if theta.ndim == 4]
     assert all(map(torch.equal, kernels, expected))
-    assert len(kernels) == 3
+    assert len(kernels) == len(shapes)
+    torch.manual_seed(0)
+    plain = block(32, size, init=lambda _: None)
+    torch.manual_seed(0)
+    assert torch.equal(plain.conv1.weight, nn.Conv2d(32, *shapes[0][::2], bias=False).weight)
 
 
 @pytest.mark.parametrize(("out_ch", "stride"), [(4, 1), (8, 1), (8, 2)])
@@ -103,6 +141,65 @@ def test_the_post_activation_block_is_its_formula(out_ch: int, stride: int) -> N
     y = block(x)
     assert y.shape == (3, out_ch, math.ceil(7 / stride), math.ceil(6 / stride))
     assert_close(y.detach(), (branch + skip).relu().detach(), _size(first, second, branch, skip))
+
+
+def _convolved_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, stride: int = 1) -> Tensor:
+    h = F.conv2d(x, conv.weight, stride=stride, padding=conv.weight.shape[-1] // 2)
+    return batch_norm(h, norm.weight, norm.bias)
+
+
+@pytest.mark.parametrize(("in_ch", "stride"), [(8, 1), (4, 1), (8, 2)])
+def test_the_bottleneck_is_its_formula(in_ch: int, stride: int) -> None:
+    torch.manual_seed(0)
+    block = Bottleneck(in_ch, 2, stride).double()
+    _randomise_affine(block)
+    x = draw(3, in_ch, 7, 6, seed=1)
+    first = _convolved_norm(x, block.conv1, block.bn1).relu()
+    second = _convolved_norm(first, block.conv2, block.bn2, stride).relu()
+    branch = _convolved_norm(second, block.conv3, block.bn3)
+    same = stride == 1 and in_ch == 8
+    skip = x if same else _convolved_norm(x, *block.downsample, stride)
+    y = block(x)
+    assert y.shape == (3, 8, math.ceil(7 / stride), math.ceil(6 / stride))
+    # Small variances behind a 1x1 convolution of few channels amplify what came before.
+    size = _size(first, second, branch, skip) * x.abs().max()
+    assert_close(y.detach(), (branch + skip).relu().detach(), size)
+
+
+@pytest.mark.parametrize("projects", ["raw", "activated"])
+@pytest.mark.parametrize(("in_ch", "stride"), [(8, 1), (4, 1), (8, 2)])
+def test_the_pre_activation_bottleneck_is_its_formula(
+    in_ch: int, stride: int, projects: str
+) -> None:
+    torch.manual_seed(0)
+    block = PreActBottleneck(in_ch, 2, stride, projects=projects).double()
+    _randomise_affine(block)
+    x = draw(3, in_ch, 7, 6, seed=1)
+    activated = batch_norm(x, block.norm1.weight, block.norm1.bias).relu()
+    first = _convolved_norm(activated, block.conv1, block.norm2).relu()
+    second = _convolved_norm(first, block.conv2, block.norm3, stride).relu()
+    branch = F.conv2d(second, block.conv3.weight)
+    seen = x if projects == "raw" else activated
+    same = stride == 1 and in_ch == 8
+    skip = x if same else F.conv2d(seen, block.skip.weight, stride=stride)
+    y = block(x)
+    assert y.shape == (3, 8, math.ceil(7 / stride), math.ceil(6 / stride))
+    size = _size(first, second, branch, skip) * x.abs().max()
+    assert_close(y.detach(), (branch + skip).detach(), size)
+
+
+def test_an_unknown_place_of_the_projection_is_refused() -> None:
+    for make in (PreActResBlock, PreActBottleneck):
+        with pytest.raises(ValueError, match="must be 'raw' or 'activated', got projects='norm'"):
+            make(4, 4, 2, projects="norm")
+
+
+def test_dropout_of_the_pre_activation_bottleneck_is_by_channel() -> None:
+    torch.manual_seed(0)
+    block = PreActBottleneck(8, 2, drop=0.5).double()
+    x = draw(3, 8, 5, 4, seed=1)
+    dropped = (block(x) == x).all((2, 3))
+    assert 0 < dropped.sum() < dropped.numel()
 
 
 def test_the_pre_activation_block_keeps_the_skip_and_the_post_activation_block_cuts_it() -> None:

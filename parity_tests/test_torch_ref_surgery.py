@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from parity_tests.support.torch_checks import assert_close, draw, norm_magnitude
 from torch_ref import surgery
-from torch_ref.blocks import BasicBlock, PreActResBlock
+from torch_ref.blocks import BasicBlock, Bottleneck, PreActBottleneck, PreActResBlock
 from torch_ref.functional import layer_norm
 from torch_ref.models import CNN_BN
 from torch_ref.norms import FrozenBatchNorm
@@ -104,6 +104,16 @@ def test_a_zeroed_last_convolution_is_the_identity_and_trains() -> None:
     _train(model, x)
     assert all(theta.grad.abs().max() > 0 for theta in model.parameters())
     assert surgery.zero_last_convolution(_post()) == []
+
+
+def test_bottlenecks_have_their_third_norm_or_convolution_zeroed() -> None:
+    model = nn.Sequential(Bottleneck(8, 2), PreActBottleneck(8, 2)).double()
+    assert surgery.zero_last_bn_gamma(model) == ["0.bn3"]
+    assert surgery.zero_last_convolution(model) == ["1.conv3"]
+    x = draw(3, 8, 5, 4, seed=1, offset=0.0)
+    assert torch.equal(model(x), x.relu())
+    _train(model, x)
+    assert all(weight.abs().max() > 0 for weight in (model[0].bn3.weight, model[1].conv3.weight))
 
 
 def _running_means(model: nn.Module) -> Moments:

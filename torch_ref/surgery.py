@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torch_ref.blocks import BasicBlock, PreActResBlock
+from torch_ref.blocks import BasicBlock, Bottleneck, PreActBottleneck, PreActResBlock
 from torch_ref.initializers import zeros_
 from torch_ref.norms import FrozenBatchNorm
 
@@ -31,7 +31,7 @@ def zero_last_bn_gamma_as_printed(module: nn.Module) -> None:
 def zero_last_bn_gamma(module: nn.Module) -> list[str]:
     """Zero the gamma of the last norm of each post-activation branch (document 2, B-6, as meant).
 
-    Each :class:`BasicBlock` then starts as ReLU of its skip and stays trainable. The document calls
+    Each post-activation block then starts as ReLU of its skip and trains. The document calls
     this common in pre-activation ResNets; there gamma = beta = 0 stands before a ReLU and its
     gradient is zero for ever, so :class:`PreActResBlock` is left alone: see
     :func:`zero_last_convolution`.
@@ -39,10 +39,7 @@ def zero_last_bn_gamma(module: nn.Module) -> list[str]:
     Returns:
         The names of the norms that were zeroed.
     """
-    blocks = [(n, b) for n, b in module.named_modules() if isinstance(b, BasicBlock)]
-    for _, block in blocks:
-        zeros_(block.bn2.weight)
-    return [f"{name}.bn2".lstrip(".") for name, _ in blocks]
+    return _zero_last(module, {BasicBlock: "bn2", Bottleneck: "bn3"})
 
 
 def zero_last_convolution(module: nn.Module) -> list[str]:
@@ -51,10 +48,16 @@ def zero_last_convolution(module: nn.Module) -> list[str]:
     Returns:
         The names of the convolutions that were zeroed.
     """
-    blocks = [(n, b) for n, b in module.named_modules() if isinstance(b, PreActResBlock)]
-    for _, block in blocks:
-        zeros_(block.conv2.weight)
-    return [f"{name}.conv2".lstrip(".") for name, _ in blocks]
+    return _zero_last(module, {PreActResBlock: "conv2", PreActBottleneck: "conv3"})
+
+
+def _zero_last(module: nn.Module, last: dict[type[nn.Module], str]) -> list[str]:
+    names = []
+    for name, block in module.named_modules():
+        if type(block) in last:
+            zeros_(getattr(block, last[type(block)]).weight)
+            names.append(f"{name}.{last[type(block)]}".lstrip("."))
+    return names
 
 
 def set_bn_eval(module: nn.Module) -> None:

@@ -30,8 +30,8 @@ def last_parameters(*layers: nnx.Module) -> list[nnx.Variable[Array]]:
       *layers: the layers that end a block's branches.
 
     Raises:
-      ValueError: if one has neither a scale nor a kernel of its own, like a norm without affine
-        parameters, or attention, whose output layer has them.
+      ValueError: if one has neither a scale nor a kernel to train, like a norm without affine
+        parameters, a frozen one, or attention, whose output layer has them.
     """
     found: list[nnx.Variable[Array]] = []
     for layer in layers:
@@ -41,10 +41,10 @@ def last_parameters(*layers: nnx.Module) -> list[nnx.Variable[Array]]:
             layer_type=type(layer).__name__,
         )
         held = {n: vars(layer).get(n) for n in ("scale", "kernel", "bias")}
-        own = {n: v for n, v in held.items() if isinstance(v, nnx.Variable)}
+        own = {n: v for n, v in held.items() if isinstance(v, nnx.Param)}
         if not own.keys() - {"bias"}:
             raise ValueError(
-                f"its last layer is a {type(layer).__name__} without a scale or a kernel. "
+                f"its last layer is a {type(layer).__name__} without a scale or a kernel to train. "
                 "Give a norm affine parameters; of a module made of layers, such as attention, "
                 "name its output layer."
             )
