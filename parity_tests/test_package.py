@@ -88,6 +88,7 @@ SIGNATURES = {
     ),
     "optim.decay_mask": "model",
     "optim.clip_grad_norm": "max_norm, norm_type=2.0, error_if_nonfinite=False",
+    "optim.skip_nonfinite": "inner",
     "optim.warmup_cosine": "peak, warmup_steps, total_steps, end=0.0",
     "optim.cosine_annealing": "base, T_max, eta_min=0.0",
     "optim.linear_warmup": "base, warmup_steps, start_factor",
@@ -100,6 +101,9 @@ SIGNATURES = {
         "logits, labels, *weight=None, *ignore_index=-100, *label_smoothing=0.0, "
         "*reduction='mean'"
     ),
+    "functional.l1_penalty": "*params, *mask=None",
+    "functional.l2_penalty": "*params, *mask=None",
+    "training.early_stopping": "patience, min_delta=0.0, mode='min'",
     "interop.load_state_dict": "model, state_dict, *strict=True, *rename=None",
     "interop.state_dict": "model",
     "interop.register": "module_type, *to_torch, *to_flax",
