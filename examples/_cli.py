@@ -37,6 +37,24 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     return read
 
 
+def add_seed(parser: Parser) -> None:
+    """Adds the option ``--seed``."""
+    parser.add_argument(
+        "--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="default: 0"
+    )
+
+
+def add_output(parser: Parser, where: str) -> None:
+    """Adds the option ``--output`` of an example that draws a figure."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(where),
+        metavar="DIR",
+        help="folder for the figure (default: %(default)s)",
+    )
+
+
 def make_folder(parser: Parser, path: Path) -> Path:
     """Creates an output folder, or exits with one line."""
     try:

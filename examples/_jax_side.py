@@ -1,6 +1,7 @@
 """The mini project in JAX: flaxstab's layers and optimizer, one jitted step, data on the device."""
 
 import copy
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,23 @@ from flaxstab import functional, models, optim
 TEST_BATCH = 250
 
 
-def build(plan: Plan) -> tuple[nnx.Module, nnx.Optimizer]:
-    """Returns the model and its optimizer, initialised from the plan's seed."""
+Update = Callable[[nnx.Module, optax.Schedule, float], optax.GradientTransformation]
+
+
+def masked_adamw(
+    model: nnx.Module, rate: optax.Schedule, decay: float
+) -> optax.GradientTransformation:
+    """Returns the mini project's optimizer: AdamW that decays weights alone."""
+    return optim.adamw(rate, weight_decay=decay, mask=optim.decay_mask(model))
+
+
+def build(plan: Plan, update: Update = masked_adamw) -> tuple[nnx.Module, nnx.Optimizer]:
+    """Returns the model and its optimizer, initialised from the plan's seed.
+
+    Args:
+      plan: the run's settings.
+      update: makes what follows the clipping of the model, the learning rate and the decay.
+    """
     model = models.StableCNN(
         plan.norm,
         plan.act,
@@ -29,10 +45,7 @@ def build(plan: Plan) -> tuple[nnx.Module, nnx.Optimizer]:
         rngs=nnx.Rngs(plan.seed),
     )
     rate = optim.warmup_cosine(plan.learning_rate, plan.warmup_steps, plan.total_steps)
-    tx = optax.chain(
-        optim.clip_grad_norm(plan.max_norm),
-        optim.adamw(rate, weight_decay=plan.weight_decay, mask=optim.decay_mask(model)),
-    )
+    tx = optax.chain(optim.clip_grad_norm(plan.max_norm), update(model, rate, plan.weight_decay))
     return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 
@@ -49,9 +62,10 @@ class JaxRun:
     Args:
       plan: the run's settings.
       data: normalised images and labels.
+      update: as of :func:`build`.
     """
 
-    def __init__(self, plan: Plan, data: Cifar10) -> None:
+    def __init__(self, plan: Plan, data: Cifar10, update: Update = masked_adamw) -> None:
         self.plan = plan
         self.gaps: list[Gap] = []
         mesh = data_mesh(plan.batch_size)
@@ -59,7 +73,7 @@ class JaxRun:
         self._split = NamedSharding(mesh, PartitionSpec("data"))
         self._data = jax.device_put(data, self._whole)
         self._rate = optim.warmup_cosine(plan.learning_rate, plan.warmup_steps, plan.total_steps)
-        self._graph, state = nnx.split(build(plan))
+        self._graph, state = nnx.split(build(plan, update))
         self._state = jax.device_put(state, self._whole)
         # The position in the epoch's order and the steps' reports live on the device, too.
         self._reports = self._put(np.zeros((plan.steps_per_epoch, 4), plan.storage))

@@ -5,13 +5,12 @@ and why gradient accumulation does not help batch normalisation.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-from _cli import LARGEST_SEED, Parser, leave, make_folder, whole
+from _cli import Parser, add_output, add_seed, leave, make_folder, whole
 from _data import Cifar10, load_small
 from _jax_side import JaxRun
 from _output import save_figure
@@ -133,7 +132,6 @@ def draw(noise: dict[str, list[float]], accuracies: dict[str, list[float]]) -> "
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     parser = Parser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    where = Path("runs/small_batch")
     parser.add_argument(
         "--samples",
         type=whole(max(BATCHES), 5000),
@@ -141,15 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="training images per run, 64 to 5000 (default: 1500)",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=where,
-        metavar="DIR",
-        help="folder for the figure (default: %(default)s)",
-    )
-    seeds = whole(0, LARGEST_SEED)
-    parser.add_argument("--seed", type=seeds, default=0, metavar="N", help="default: 0")
+    add_output(parser, "runs/small_batch")
+    add_seed(parser)
     options = parser.parse_args(arguments)
     folder = make_folder(parser, options.output)
     console, data = Console(), load_small().normalized(np.dtype("float32"))

@@ -6,13 +6,12 @@ Document 2, section H-1: Kaiming keeps the spread, Xavier halves the variance at
 import importlib.util
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-from _cli import Parser, leave, make_folder, whole
+from _cli import Parser, add_output, leave, make_folder, whole
 from _output import save_figure
 from flax import nnx
 from rich.console import Console
@@ -71,12 +70,10 @@ def draw(measured: dict[str, np.ndarray]) -> "plt.Figure":
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     parser = Parser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    where = Path("runs/variance_propagation")
     parser.add_argument(
         "--seeds", type=whole(1, 1000), default=5, metavar="N", help="networks (default: 5)"
     )
-    parser.add_argument("--output", type=Path, default=where, metavar="DIR",
-                        help="folder for the figure (default: %(default)s)")  # fmt: skip
+    add_output(parser, "runs/variance_propagation")
     options = parser.parse_args(arguments)
     folder = make_folder(parser, options.output)
     console, measured, gaps = Console(), {}, []

@@ -1,6 +1,11 @@
-"""Losses, penalties and the exact GELU against PyTorch and closed forms."""
+"""Losses and the exact GELU against PyTorch and closed forms."""
 
-from collections.abc import Callable
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,66 +28,134 @@ LABELS[0, 0], LABELS[3, 2] = IGNORED, IGNORED
 SOFT = np.random.default_rng(3).dirichlet(np.ones(CLASSES), (4, 3))
 
 
-def _torch(
-    labels: np.ndarray, weight: np.ndarray | None, *, classes_axis: int = 1, **options: object
-) -> object:
+class Case(NamedTuple):
+    """Labels, class weights and options of one loss of the same logits."""
+
+    labels: np.ndarray
+    weight: np.ndarray | None = None
+    options: Mapping[str, object] = MappingProxyType({})
+
+
+def _torch(case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
     """PyTorch's loss of features-last logits."""
-    weight = None if weight is None else torch.tensor(weight)
-    labels = torch.tensor(labels)
-    if labels.is_floating_point():
-        labels = labels.movedim(-1, classes_axis)
-    return lambda x: F.cross_entropy(x.movedim(-1, 1), labels, weight, **options)
+    weight = None if case.weight is None else torch.tensor(case.weight)
+    labels = torch.tensor(case.labels)
+    labels = labels.movedim(-1, 1) if labels.is_floating_point() else labels.long()
+    return lambda x: F.cross_entropy(x.movedim(-1, 1), labels, weight, **case.options)
 
 
-def _ours(labels: np.ndarray, weight: np.ndarray | None, **options: object) -> object:
-    return lambda x: functional.cross_entropy(x, jnp.asarray(labels), weight=weight, **options)
+def _ours(case: Case) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: functional.cross_entropy(
+        x, jnp.asarray(case.labels), weight=case.weight, **case.options
+    )
 
 
-@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
-@pytest.mark.parametrize("ignore_index", [-100, IGNORED])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy_of_classes_is_torchs(
-    weight: np.ndarray | None, ignore_index: int, label_smoothing: float, reduction: str
-) -> None:
-    options = {
-        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction,
-    }  # fmt: skip
-    assert_twins(_ours(LABELS, weight, **options), _torch(LABELS, weight, **options), LOGITS)
+WEIGHTS = {"plain": None, "weighted": WEIGHT}
+SMOOTHINGS = (0.0, 0.1, 1.0)
+REDUCTIONS = ("mean", "sum", "none")
+GRID = {
+    **{
+        f"classes, {kind}, ignoring {ignored}, smoothed by {smoothing}, {reduction}": Case(
+            LABELS,
+            weight,
+            {"ignore_index": ignored, "label_smoothing": smoothing, "reduction": reduction},
+        )
+        for (kind, weight), ignored, smoothing, reduction in itertools.product(
+            WEIGHTS.items(), (-100, IGNORED), SMOOTHINGS, REDUCTIONS
+        )
+    },
+    **{
+        f"probabilities, {kind}, smoothed by {smoothing}, {reduction}": Case(
+            SOFT, weight, {"label_smoothing": smoothing, "reduction": reduction}
+        )
+        for (kind, weight), smoothing, reduction in itertools.product(
+            WEIGHTS.items(), SMOOTHINGS, REDUCTIONS
+        )
+    },
+    **{
+        f"all ignored, smoothed by {smoothing}, {reduction}": Case(
+            np.full((4, 3), -100), WEIGHT, {"label_smoothing": smoothing, "reduction": reduction}
+        )
+        for smoothing, reduction in itertools.product((0.0, 0.1), REDUCTIONS)
+    },
+    "one class without weight": Case(LABELS, WEIGHT * (np.arange(CLASSES) != 1)),
+    "labels of one byte": Case(LABELS.astype("uint8"), WEIGHT),
+    "defaults": Case(np.where(LABELS == IGNORED, -100, LABELS)),
+}
 
 
-@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy_of_probabilities_is_torchs(
-    weight: np.ndarray | None, label_smoothing: float, reduction: str
-) -> None:
-    options = {"label_smoothing": label_smoothing, "reduction": reduction}
-    assert_twins(_ours(SOFT, weight, **options), _torch(SOFT, weight, **options), LOGITS)
+def _cotangent(case: Case) -> np.ndarray:
+    return values(*((4, 3) if case.options.get("reduction") == "none" else ()), seed=1)
+
+
+@functools.cache
+def _found() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Our loss and gradient in every case, in one program."""
+
+    def both(x: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+        found = {}
+        for name, case in GRID.items():
+            loss, pullback = jax.vjp(_ours(case), x)
+            found[name] = loss, *pullback(jnp.asarray(_cotangent(case)))
+        return found
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        return jax.tree.map(np.asarray, jax.jit(both)(LOGITS))
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_cross_entropy_and_its_gradient_are_torchs(name: str) -> None:
+    loss, gradient = _found()[name]
+    x = torch.tensor(LOGITS, requires_grad=True)
+    expected = _torch(GRID[name])(x)
+    cotangent = _cotangent(GRID[name])
+    (theirs,) = torch.autograd.grad(expected, x, torch.tensor(cotangent))
+    assert_same(loss, expected)
+    assert_same(gradient, theirs, np.abs(cotangent).max())
+
+
+def test_the_mean_of_none_is_nan_and_the_sum_0() -> None:
+    ignored = {name: _found()[name] for name in GRID if name.startswith("all ignored")}
+    assert len(ignored) == 6
+    for name, (loss, gradient) in ignored.items():
+        np.testing.assert_array_equal(loss, np.nan if "mean" in name else 0)
+        assert not name.endswith(("sum", "none")) or not gradient.any()
+
+
+def test_ignored_samples_have_no_gradient() -> None:
+    _, gradient = _found()[f"classes, plain, ignoring {IGNORED}, smoothed by 0.1, mean"]
+    np.testing.assert_array_equal((gradient == 0).all(-1), LABELS == IGNORED)
 
 
 def test_cross_entropy_defaults_are_torchs() -> None:
-    labels = np.array([1, -100, 3])
-    assert_twins(_ours(labels, None), _torch(labels, None), LOGITS[0])
+    _, gradient = _found()["defaults"]
+    np.testing.assert_array_equal((gradient == 0).all(-1), LABELS == IGNORED)
 
 
-def test_cross_entropy_takes_plain_and_single_batches() -> None:
+@pytest.mark.parametrize("axes", [(), (2, 3, 2)], ids=["one sample", "a volume"])
+def test_cross_entropy_takes_any_number_of_axes(axes: tuple[int, ...]) -> None:
+    logits = values(*axes, CLASSES)
+    labels = np.random.default_rng(4).integers(0, CLASSES, axes)
+    soft = np.random.default_rng(5).dirichlet(np.ones(CLASSES), axes)
+    moved = torch.tensor(logits).movedim(-1, min(1, len(axes)))
     with jax.enable_x64(True):
-        found = functional.cross_entropy(jnp.asarray(LOGITS[0, 0]), jnp.asarray(3))
-        assert_same(found, F.cross_entropy(torch.tensor(LOGITS[0, 0]), torch.tensor(3)))
+        found = functional.cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+        assert_same(found, F.cross_entropy(moved, torch.tensor(labels)))
+        found = functional.cross_entropy(jnp.asarray(logits), jnp.asarray(soft))
+        target = torch.tensor(soft).movedim(-1, min(1, len(axes)))
+        assert_same(found, F.cross_entropy(moved, target))
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize(("reduction", "expected"), [("mean", np.nan), ("sum", 0.0)])
-def test_all_labels_ignored_give_torchs_result(
-    label_smoothing: float, reduction: str, expected: object
-) -> None:
-    labels = np.full((4, 3), -100)
-    options = {"label_smoothing": label_smoothing, "reduction": reduction}
-    with jax.enable_x64(True):
-        found = _ours(labels, WEIGHT, **options)(jnp.asarray(LOGITS))
-        assert_same(found, _torch(labels, WEIGHT, **options)(torch.tensor(LOGITS)))
-    np.testing.assert_array_equal(found, expected)
+@pytest.mark.parametrize("labels", [np.zeros(0, int), np.zeros((0, CLASSES))])
+def test_the_mean_of_no_samples_is_nan_and_the_sum_0(labels: np.ndarray) -> None:
+    for reduction in ("mean", "sum"):
+        with jax.enable_x64(True):
+            found = functional.cross_entropy(
+                jnp.zeros((0, CLASSES)), jnp.asarray(labels), reduction=reduction
+            )
+        target = torch.tensor(labels)
+        theirs = F.cross_entropy(torch.zeros(0, CLASSES).double(), target, reduction=reduction)
+        assert_same(found, theirs)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -91,18 +164,11 @@ def test_an_impossible_class_counts_as_in_torch(label_smoothing: float) -> None:
     logits = LOGITS[0].copy()
     logits[:, 4] = -np.inf
     labels = np.array([0, 1, 2])
+    case = Case(labels, None, {"label_smoothing": label_smoothing})
     with jax.enable_x64(True):
-        found = _ours(labels, None, label_smoothing=label_smoothing)(jnp.asarray(logits))
-    theirs = _torch(labels, None, label_smoothing=label_smoothing)(torch.tensor(logits))
-    assert_same(found, theirs)
+        found = _ours(case)(jnp.asarray(logits))
+    assert_same(found, _torch(case)(torch.tensor(logits)))
     assert bool(np.isfinite(found)) is (label_smoothing == 0)
-
-
-def test_ignored_samples_have_no_gradient() -> None:
-    with jax.enable_x64(True):
-        loss = _ours(LABELS, None, ignore_index=IGNORED, label_smoothing=0.1)
-        gradient = np.asarray(jax.grad(loss)(jnp.asarray(LOGITS)))
-    np.testing.assert_array_equal((gradient == 0).all(-1), LABELS == IGNORED)
 
 
 @pytest.mark.parametrize("label", [-1, CLASSES, 100])
@@ -115,10 +181,16 @@ def test_a_known_label_out_of_range_is_refused(label: int) -> None:
 
 @pytest.mark.parametrize("label", [-1, CLASSES, 100])
 def test_a_traced_label_out_of_range_gives_nan_for_its_sample(label: int) -> None:
-    losses = jax.jit(lambda x, y: functional.cross_entropy(x, y, reduction="none"))(
-        jnp.zeros((2, CLASSES)), jnp.array([0, label])
+    def losses(x: jax.Array, labels: jax.Array) -> jax.Array:
+        return functional.cross_entropy(x, labels, reduction="none")
+
+    found, pullback = jax.vjp(
+        lambda x: jax.jit(losses)(x, jnp.array([0, label])), jnp.zeros((2, CLASSES))
     )
-    np.testing.assert_array_equal(np.isnan(losses), [False, True])
+    (gradient,) = pullback(jnp.ones(2))  # so that what guards against NaN sees it, too
+    np.testing.assert_array_equal(np.isnan(found), [False, True])
+    np.testing.assert_array_equal(np.isnan(gradient).all(-1), [False, True])
+    assert np.isfinite(gradient[0]).all()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +208,11 @@ def test_a_traced_label_out_of_range_gives_nan_for_its_sample(label: int) -> Non
         ),
         ({"labels": jnp.array([0])}, "integer labels must have the logits' shape without its last"),
         ({"labels": jnp.ones((2, 3))}, "class probabilities must have the logits' shape"),
+        ({"labels": jnp.array([True, False])}, "labels must be integers or class probabilities, "),
+        (
+            {"labels": jnp.ones((2, CLASSES)), "ignore_index": 1},
+            "ignore_index must be below 0 with class probabilities, .* got ignore_index=1",
+        ),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
@@ -156,7 +233,7 @@ def test_cross_entropy_is_as_precise_as_torchs(labels: np.ndarray) -> None:
         return F.cross_entropy(x.movedim(-1, 1), target, factors, label_smoothing=0.1)
 
     narrow = labels if labels is SOFT else labels.astype("int32")  # x64 comes and goes here
-    ours = _ours(narrow, weight, label_smoothing=0.1)
+    ours = _ours(Case(narrow, weight, {"label_smoothing": 0.1}))
     report = compare(ours, theirs, LOGITS, dtypes=(np.float32, jnp.bfloat16))
     assert report.passed, str(report)
 
@@ -164,38 +241,6 @@ def test_cross_entropy_is_as_precise_as_torchs(labels: np.ndarray) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cross_entropy_keeps_the_dtype(dtype: str) -> None:
     assert functional.cross_entropy(jnp.zeros((2, 3), dtype), jnp.array([0, 1])).dtype == dtype
-
-
-def test_the_penalties_are_sums_of_absolute_values_and_half_squares() -> None:
-    a, b = values(3, 4), values(5, seed=1)
-    with jax.enable_x64(True):
-        assert_same(functional.l1_penalty(a, b), np.abs(a).sum() + np.abs(b).sum())
-        assert_same(functional.l2_penalty(a, b), (np.square(a).sum() + np.square(b).sum()) / 2)
-
-
-def test_the_gradient_of_the_l2_penalty_is_torchs_weight_decay() -> None:
-    parameter = torch.nn.Parameter(torch.tensor(values(4)))
-    parameter.grad = torch.zeros_like(parameter)
-    before = parameter.detach().numpy().copy()
-    torch.optim.SGD([parameter], lr=1.0, weight_decay=0.01).step()
-    with jax.enable_x64(True):
-        decay = jax.grad(lambda p: 0.01 * functional.l2_penalty(p))(jnp.asarray(before))
-        assert_same(before - decay, parameter.detach())
-
-
-@pytest.mark.parametrize("penalty", [functional.l1_penalty, functional.l2_penalty])
-def test_penalties_run_in_float32_or_wider(penalty: Callable[..., object]) -> None:
-    """1024 ones in bfloat16 arithmetic stay 256."""
-    assert penalty(jnp.ones(1024, jnp.bfloat16)).dtype == jnp.float32
-    assert penalty(jnp.ones(1024, jnp.bfloat16)).item() in (512.0, 1024.0)
-    assert penalty().item() == 0.0
-
-
-@pytest.mark.parametrize("penalty", [functional.l1_penalty, functional.l2_penalty])
-def test_penalties_add_parameters_of_different_dtypes(penalty: Callable[..., object]) -> None:
-    with jax.numpy_dtype_promotion("strict"):
-        mixed = penalty(jnp.ones(4, jnp.bfloat16), jnp.ones(2, jnp.float32))
-    assert mixed.item() in (3.0, 6.0)
 
 
 def test_gelu_is_torchs_exact_one() -> None:
@@ -230,3 +275,24 @@ def test_known_labels_may_stand_in_a_jitted_function() -> None:
     beyond = labels + 1
     with pytest.raises(ValueError, match="labels must lie in"):
         jax.jit(lambda x: functional.cross_entropy(x, beyond))(logits)
+
+
+@pytest.mark.parametrize("labels", [LABELS, SOFT], ids=["classes", "probabilities"])
+def test_the_smoothing_may_be_traced(labels: np.ndarray) -> None:
+    def smoothed(x: jax.Array, smoothing: jax.Array) -> jax.Array:
+        return _ours(Case(labels, WEIGHT, {"label_smoothing": smoothing}))(x)
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        found = jax.jit(smoothed)(LOGITS, jnp.float32(0.25))
+    expected = _torch(Case(labels, WEIGHT, {"label_smoothing": 0.25}))(torch.tensor(LOGITS))
+    assert_same(found, expected)
+
+
+def test_a_traced_smoothing_of_0_ignores_an_impossible_class() -> None:
+    logits = jnp.zeros((2, CLASSES)).at[:, 4].set(-jnp.inf)
+
+    def smoothed(smoothing: jax.Array) -> jax.Array:
+        labels = jnp.array([0, 1])
+        return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    assert abs(jax.jit(smoothed)(0.0) - math.log(4)) <= 4 * np.finfo(np.float32).eps

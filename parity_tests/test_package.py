@@ -92,11 +92,22 @@ SIGNATURES = {
     ),
     "optim.decay_mask": "model",
     "optim.clip_grad_norm": "max_norm, norm_type=2.0, error_if_nonfinite=False",
+    "optim.skip_nonfinite": "inner",
     "optim.warmup_cosine": "peak, warmup_steps, total_steps, end=0.0",
+    "optim.cosine_annealing": "base, T_max, eta_min=0.0",
+    "optim.linear_warmup": "base, warmup_steps, start_factor",
+    "optim.step": "base, step_size, gamma=0.1",
+    "optim.one_cycle": (
+        "max_lr, total_steps, pct_start=0.3, div_factor=25.0, final_div_factor=10000.0"
+    ),
+    "optim.document_schedule": "base, warmup, steps_per_epoch, epochs",
     "functional.cross_entropy": (
         "logits, labels, *weight=None, *ignore_index=-100, *label_smoothing=0.0, "
         "*reduction='mean'"
     ),
+    "functional.l1_penalty": "*params, *mask=None",
+    "functional.l2_penalty": "*params, *mask=None",
+    "training.early_stopping": "patience, min_delta=0.0, mode='min'",
     "interop.load_state_dict": "model, state_dict, *strict=True, *rename=None",
     "interop.state_dict": "model",
     "interop.register": "module_type, *to_torch, *to_flax",

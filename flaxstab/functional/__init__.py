@@ -21,11 +21,11 @@ from flaxstab.functional._linear import conv as conv
 from flaxstab.functional._linear import linear as linear
 from flaxstab.functional._linear import padding_pairs as padding_pairs
 from flaxstab.functional._losses import cross_entropy as cross_entropy
-from flaxstab.functional._losses import l1_penalty as l1_penalty
-from flaxstab.functional._losses import l2_penalty as l2_penalty
 from flaxstab.functional._moments import Moments as Moments
 from flaxstab.functional._moments import group_moments as group_moments
 from flaxstab.functional._moments import moments as moments
+from flaxstab.functional._penalties import l1_penalty as l1_penalty
+from flaxstab.functional._penalties import l2_penalty as l2_penalty
 from flaxstab.functional._pooling import adaptive_avg_pool as adaptive_avg_pool
 from flaxstab.functional._pooling import avg_pool as avg_pool
 from flaxstab.functional._pooling import max_pool as max_pool

@@ -1,4 +1,4 @@
-"""Losses and penalties with PyTorch's weighting and reduction rules."""
+"""Losses with PyTorch's weighting and reduction rules."""
 
 from typing import Literal
 
@@ -34,8 +34,9 @@ def cross_entropy(
       labels: integer classes in [0, C) or ``ignore_index``, shape ``(*batch,)``; or class
         probabilities, floating point, shape ``(*batch, C)``.
       weight: one factor per class, shape ``(C,)``.
-      ignore_index: the integer label that contributes nothing.
-      label_smoothing: weight of the uniform distribution, in [0, 1].
+      ignore_index: the integer label that contributes nothing; below 0 for class probabilities,
+        which have none.
+      label_smoothing: weight of the uniform distribution, in [0, 1]; may be traced.
       reduction: ``'mean'``, ``'sum'`` or ``'none'``.
 
     Returns:
@@ -43,7 +44,8 @@ def cross_entropy(
 
     Raises:
       ValueError: if an option or a shape does not fit, or a label is out of range while its
-        value is known (a traced label out of range gives NaN).
+        value is known. Under ``jit`` nothing can be raised: there such a label makes the loss
+        and its gradient NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,10 +65,16 @@ def cross_entropy(
     wide = widest(logits.dtype)
     log_p = jax.nn.log_softmax(jnp.asarray(logits, wide), axis=-1)
     class_weight = jnp.ones(classes, wide) if weight is None else jnp.asarray(weight, wide)
+    smoothing = jnp.asarray(label_smoothing, wide) if _traced(label_smoothing) else label_smoothing
     if jnp.issubdtype(labels.dtype, jnp.floating):
-        losses, total = _soft(log_p, jnp.asarray(labels, wide), class_weight, label_smoothing)
+        check(
+            ignore_index < 0,
+            "ignore_index must be below 0 with class probabilities, which it cannot find",
+            ignore_index=ignore_index,
+        )
+        losses, total = _soft(log_p, jnp.asarray(labels, wide), class_weight, smoothing)
     else:
-        losses, total = _hard(log_p, labels, class_weight, ignore_index, label_smoothing)
+        losses, total = _hard(log_p, labels, class_weight, ignore_index, smoothing)
     if reduction == "none":
         result = losses
     else:
@@ -76,7 +84,7 @@ def cross_entropy(
 
 def _check_options(smoothing: float, reduction: str, weight: Array | None, classes: int) -> None:
     check(
-        0.0 <= smoothing <= 1.0,
+        _traced(smoothing) or 0.0 <= smoothing <= 1.0,
         "label_smoothing must lie in [0, 1]",
         label_smoothing=smoothing,
     )
@@ -94,9 +102,14 @@ def _check_options(smoothing: float, reduction: str, weight: Array | None, class
 
 
 def _hard(
-    log_p: Array, labels: Array, weight: Array, ignore_index: int, smoothing: float
+    log_p: Array, labels: Array, weight: Array, ignore_index: int, smoothing: float | Array
 ) -> tuple[Array, Array]:
     """Returns the loss per sample and the divisor of the mean for integer labels."""
+    check(
+        jnp.issubdtype(labels.dtype, jnp.integer),
+        "labels must be integers or class probabilities",
+        dtype=str(labels.dtype),
+    )
     check(
         labels.shape == log_p.shape[:-1],
         "integer labels must have the logits' shape without its last axis",
@@ -106,7 +119,7 @@ def _hard(
     classes = log_p.shape[-1]
     kept = labels != ignore_index
     in_range = (labels >= 0) & (labels < classes)
-    if not isinstance(labels, jax.core.Tracer):
+    if not _traced(labels):
         known = np.asarray(labels)  # not in JAX, which would trace it under jit
         check(
             bool(np.all(((known >= 0) & (known < classes)) | (known == ignore_index))),
@@ -115,17 +128,19 @@ def _hard(
             ignore_index=ignore_index,
         )
     index = jnp.where(in_range, labels, 0)
-    picked = jnp.take_along_axis(log_p, index[..., None], -1)[..., 0]
-    own_weight = jnp.where(kept, weight[index], 0)
+    # An ignored label looks at a class that may be impossible, and 0 times infinity is NaN.
+    picked = jnp.where(kept, jnp.take_along_axis(log_p, index[..., None], -1)[..., 0], 0)
+    own_weight = jnp.where(kept, jnp.where(in_range, weight[index], jnp.nan), 0)
     losses = (1 - smoothing) * -picked * own_weight
-    if smoothing > 0:  # 0 times the infinite log-probability of an impossible class is NaN
+    if _traced(smoothing) or smoothing > 0:  # not 0 times an impossible class, either
         smooth = -jnp.sum(log_p * aligned(weight, log_p, weight.dtype), -1) / classes
-        losses = losses + smoothing * jnp.where(kept, smooth, 0)
-    losses = jnp.where(kept & ~in_range, jnp.nan, jnp.where(kept, losses, 0))
+        losses = losses + jnp.where(kept & (smoothing > 0), smoothing * smooth, 0)
     return losses, jnp.sum(own_weight)
 
 
-def _soft(log_p: Array, target: Array, weight: Array, smoothing: float) -> tuple[Array, Array]:
+def _soft(
+    log_p: Array, target: Array, weight: Array, smoothing: float | Array
+) -> tuple[Array, Array]:
     """Returns the loss per sample and the divisor of the mean for class probabilities."""
     check(
         target.shape == log_p.shape,
@@ -138,26 +153,5 @@ def _soft(log_p: Array, target: Array, weight: Array, smoothing: float) -> tuple
     return losses, jnp.asarray(losses.size, log_p.dtype)
 
 
-def l1_penalty(*arrays: Float[Array, "..."]) -> Float[Array, ""]:
-    """Returns the sum of absolute values of all elements, in float32 or wider.
-
-    Args:
-      *arrays: parameters of any shape.
-    """
-    wide = widest(*(a.dtype for a in arrays))
-    terms = (jnp.sum(jnp.abs(jnp.asarray(a, wide))) for a in arrays)
-    return sum(terms, jnp.zeros((), wide))
-
-
-def l2_penalty(*arrays: Float[Array, "..."]) -> Float[Array, ""]:
-    """Returns half the sum of squares of all elements, in float32 or wider.
-
-    The half makes the gradient the parameter itself, so that ``decay * l2_penalty`` equals
-    PyTorch's ``weight_decay=decay`` of ``SGD`` and ``Adam``.
-
-    Args:
-      *arrays: parameters of any shape.
-    """
-    wide = widest(*(a.dtype for a in arrays))
-    terms = (jnp.sum(jnp.square(jnp.asarray(a, wide))) for a in arrays)
-    return sum(terms, jnp.zeros((), wide)) / 2
+def _traced(value: object) -> bool:
+    return isinstance(value, jax.core.Tracer)

@@ -3,6 +3,12 @@
 from flaxstab.optim._adam import adamw as adamw
 from flaxstab.optim._clip import ClipState as ClipState
 from flaxstab.optim._clip import clip_grad_norm as clip_grad_norm
+from flaxstab.optim._guard import skip_nonfinite as skip_nonfinite
 from flaxstab.optim._masks import DecayMask as DecayMask
 from flaxstab.optim._masks import decay_mask as decay_mask
+from flaxstab.optim._schedules import cosine_annealing as cosine_annealing
+from flaxstab.optim._schedules import document_schedule as document_schedule
+from flaxstab.optim._schedules import linear_warmup as linear_warmup
+from flaxstab.optim._schedules import one_cycle as one_cycle
+from flaxstab.optim._schedules import step as step
 from flaxstab.optim._schedules import warmup_cosine as warmup_cosine

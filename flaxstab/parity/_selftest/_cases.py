@@ -74,7 +74,7 @@ def _layer(
     return build
 
 
-def _function(
+def function(
     ours: Callable[..., Array],
     theirs: Function,
     formula: Function,
@@ -249,13 +249,13 @@ def _losses() -> dict[str, Callable[[], Sides]]:
         return torch.tensor(_CLASSES).to(like.dtype)
 
     return {
-        "cross entropy": _function(
+        "cross entropy": function(
             lambda x, y: functional.cross_entropy(x, y, label_smoothing=SMOOTHING),
             lambda x, y: torch_functional().cross_entropy(x, y, label_smoothing=SMOOTHING),
             lambda x, y: witness.cross_entropy(x, y, SMOOTHING),
             _LOGITS, _LABELS,
         ),
-        "cross entropy, classes weighted": _function(
+        "cross entropy, classes weighted": function(
             lambda x, y: functional.cross_entropy(
                 x, y, weight=jnp.asarray(_CLASSES, x.dtype)
             ),
@@ -264,7 +264,7 @@ def _losses() -> dict[str, Callable[[], Sides]]:
             _LOGITS, _LABELS,
         ),
         # Beyond 88 the exponential overflows in float32.
-        "cross entropy, large logits": _function(
+        "cross entropy, large logits": function(
             lambda x, y: functional.cross_entropy(x, y),  # noqa: PLW0108 (looked up when called)
             lambda x, y: torch_functional().cross_entropy(x, y),
             lambda x, y: witness.cross_entropy(x, y, 0.0),
@@ -337,7 +337,7 @@ def _pooling() -> dict[str, Callable[[], Sides]]:
         return witness.windows(x, 2, 2, 1, float("-inf")).max(0).values
 
     def max_pool(x: np.ndarray) -> Callable[[], Sides]:
-        return _function(
+        return function(
             lambda x: functional.max_pool(x, 2, 2, 1),
             lambda x: torch_functional().max_pool2d(x, 2, 2, 1),
             largest, x,
@@ -346,12 +346,12 @@ def _pooling() -> dict[str, Callable[[], Sides]]:
     return {
         "max pool": max_pool(around),
         "max pool of infinity": max_pool(holed(around, np.inf)),
-        "avg pool": _function(
+        "avg pool": function(
             lambda x: functional.avg_pool(x, 3, 2, 1),
             lambda x: torch_functional().avg_pool2d(x, 3, 2, 1),
             lambda x: witness.windows(x, 3, 2, 1, 0.0).mean(0), normal(2, 6, 6, 3),
         ),
-        "adaptive avg pool": _function(
+        "adaptive avg pool": function(
             lambda x: functional.adaptive_avg_pool(x, 3),
             lambda x: torch_functional().adaptive_avg_pool2d(x, 3),
             _adaptive, normal(2, 7, 7, 3),
@@ -364,7 +364,7 @@ def layers() -> dict[str, Callable[[], Sides]]:
     return {
         **_norms(),
         **_affine(),
-        "gelu": _function(
+        "gelu": function(
             lambda x: functional.gelu(x),  # noqa: PLW0108 - looked up when called
             lambda x: torch_functional().gelu(x), witness.gelu,
             normal(8, 4, offset=0.0),
@@ -372,7 +372,7 @@ def layers() -> dict[str, Callable[[], Sides]]:
         **_pooling(),
         "dropout": _dropout,
         "channel dropout": _channel_dropout,
-        "dropout, mask given": _function(
+        "dropout, mask given": function(
             _masked, _torch_masked, _plain_masked, normal(16, 8, seed=1)
         ),
         **_losses(),
