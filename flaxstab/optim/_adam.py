@@ -61,8 +61,9 @@ class _Terms(NamedTuple):
     """The scalars of one step, in the dtype of the computation."""
 
     rate: Array  # learning rate, over the first moment's correction
-    complement: Array  # of the first moment's decay rate
-    beta: Array  # the second moment's
+    first: Array  # decay rate of the first moment
+    first_complement: Array
+    second: Array
     second_complement: Array
     root: Array  # of the second moment's correction
     eps: Array
@@ -191,11 +192,12 @@ def _adam(
     in_range = all(0 <= float(beta) < 1 for beta in betas if not is_traced(beta))
     check(in_range, "betas must lie in [0, 1)", betas=betas)
     terms = functools.partial(_terms, _Hypers(_decay_rate(betas[0]), _decay_rate(betas[1]), eps))
+    step = functools.partial(_step, not isinstance(betas[0], jax.Array) and betas[0] < 0.5)
     if amsgrad:
-        parts = Parts(AdamState, ("mu", "nu", "nu_max"), terms, _step)
+        parts = Parts(AdamState, ("mu", "nu", "nu_max"), terms, step)
     else:
         state = functools.partial(AdamState, nu_max=None)
-        parts = Parts(state, ("mu", "nu"), terms, _step)
+        parts = Parts(state, ("mu", "nu"), terms, step)
     return transformation(parts, options)
 
 
@@ -203,17 +205,25 @@ def _terms(hypers: _Hypers, rate: Array, step: Array, wide: DTypeLike) -> _Terms
     t, rates = jnp.asarray(step, wide), (hypers.first, hypers.second)
     # 1 - beta**t, without the cancellation (test_bias_correction_does_not_cancel).
     first, second = (-jnp.expm1(t * jnp.asarray(decay.log, wide)) for decay in rates)
-    numbers = (hypers.first.complement, hypers.second.beta, hypers.second.complement, hypers.eps)
-    complement, beta, second_complement, eps = (jnp.asarray(n, wide) for n in numbers)
-    return _Terms(rate / first, complement, beta, second_complement, jnp.sqrt(second), eps)
+    weights = [jnp.asarray(n, wide) for decay in rates for n in decay[:2]]
+    return _Terms(rate / first, *weights, jnp.sqrt(second), jnp.asarray(hypers.eps, wide))
 
 
 def _step(
-    terms: _Terms, g: Array, m: Array, v: Array, peak: Array | None = None
+    short: bool, terms: _Terms, g: Array, m: Array, v: Array, peak: Array | None = None
 ) -> tuple[Array, ...]:
-    """Returns the update and the new moments."""
-    m = m + terms.complement * (g - m)
-    v = terms.beta * v + terms.second_complement * jnp.square(g)
+    """Returns the update and the new moments.
+
+    Args:
+      short: whether the first decay rate is below 1/2: PyTorch's ``lerp`` begins at the nearer end.
+      terms: scalars.
+      g: gradient.
+      m: first moment.
+      v: second moment.
+      peak: the largest second moment before, with amsgrad.
+    """
+    m = g - terms.first * (g - m) if short else m + terms.first_complement * (g - m)
+    v = terms.second * v + terms.second_complement * jnp.square(g)
     largest = v if peak is None else jnp.maximum(peak, v)
     update = -terms.rate * m / (jnp.sqrt(largest) / terms.root + terms.eps)
     return (update, m, v) if peak is None else (update, m, v, largest)
