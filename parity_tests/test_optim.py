@@ -1,6 +1,6 @@
-"""``flaxstab.optim.adamw`` against ``torch.optim.AdamW``, step by step."""
+"""``flaxstab.optim``'s ``adamw``, ``adam`` and ``sgd`` against ``torch.optim``, step by step."""
 
-import itertools
+import functools
 import math
 
 import jax
@@ -10,63 +10,116 @@ import optax
 import pytest
 import torch
 
-from flaxstab import optim, parity
+from flaxstab import optim
+from parity_tests.support import optimizers
 from parity_tests.support.cases import values
+from parity_tests.support.optimizers import CASES, Trace
 
-PARAMETERS = tuple(values(*shape, seed=i) for i, shape in enumerate([(5, 4), (4,), ()]))
-OPTIONS = [
-    {"amsgrad": amsgrad, "maximize": maximize, "weight_decay": decay, "betas": betas, "eps": eps}
-    for amsgrad, maximize, decay, betas, eps in itertools.product(
-        (False, True), (False, True), (0.0, 0.05), ((0.9, 0.999), (0.0, 0.99), (0.8, 0.0)),
-        (1e-8, 0.3),
-    )
-]  # fmt: skip
+PARAMETERS = tuple(values(*shape, seed=i) for i, shape in enumerate(optimizers.SHAPES.values()))
+IDS = ["-".join([c.ours.__name__, *map(str, c.options.values())]) for c in CASES]
+every_case = pytest.mark.parametrize("number", range(len(CASES)), ids=IDS)
 
 
 def parameters() -> dict[str, np.ndarray]:
-    return dict(zip(("kernel", "bias", "gain"), PARAMETERS, strict=True))
+    return dict(zip(optimizers.SHAPES, PARAMETERS, strict=True))
 
 
-def against_torch(
-    tx: optax.GradientTransformation, dtypes: tuple[object, ...] = (), **options: object
-) -> parity.Report:
-    return parity.compare(
-        tx, lambda ps: torch.optim.AdamW(ps, **options), *PARAMETERS, dtypes=dtypes
-    )
+@functools.cache
+def in_float64() -> list[tuple[Trace, Trace]]:
+    """Every case on both sides, where one tensor never has a gradient."""
+    params, gradients = optimizers.problem()
+    gradients |= {"gain": None}
+    theirs = [optimizers.run_torch(case.twin, params, gradients) for case in CASES]
+    with jax.enable_x64(True):
+        ours = optimizers.run_ours([case.make() for case in CASES], params, gradients)
+    return list(zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-def test_adamw_is_torchs_in_every_step(options: dict[str, object]) -> None:
-    """Updates, parameters, moments and counts; in float64 and as accurate in float32."""
-    report = against_torch(optim.adamw(0.02, **options), (np.float32,), lr=0.02, **options)
-    assert report.passed, str(report)
-    assert {"update 2", "exp_avg 1", "exp_avg_sq 0", "step 0"} <= {f.name for f in report.findings}
-    assert not report.notes
+@functools.cache
+def in_float32() -> list[tuple[Trace, Trace, Trace]]:
+    """Every case in float32 on both sides, and PyTorch's in float64."""
+    wide = optimizers.problem("float32")
+    low = [{name: a.astype("float32") for name, a in tree.items()} for tree in wide]
+    ours = optimizers.run_ours([case.make() for case in CASES], *low)
+    theirs = [[optimizers.run_torch(case.twin, *given) for case in CASES] for given in (low, wide)]
+    return list(zip(ours, *theirs, strict=True))
 
 
-def test_adamw_has_torchs_defaults() -> None:
-    report = against_torch(optim.adamw(), (np.float32, jnp.bfloat16, jnp.float16))
-    assert report.passed, str(report)
+def test_the_table_has_every_combination_that_torch_takes() -> None:
+    names = [case.ours.__name__ for case in CASES]
+    # 3 flags and 3 pairs of betas and eps; 32 of which PyTorch refuses those with nesterov and
+    # no momentum (8) or dampening (4).
+    assert [names.count(name) for name in ("adamw", "adam", "sgd")] == [24, 24, 20]
+    assert len(set(IDS)) == len(IDS)
 
 
-@pytest.mark.parametrize(
-    "planted",
-    [
-        optax.adamw(0.02),
-        optax.chain(optax.add_decayed_weights(1e-2), optax.adam(0.02)),
-        optax.adamw(0.02, weight_decay=1e-2, eps_root=1e-8),
-    ],
-    ids=["decay 1e-4", "L2", "eps in the root"],
-)
-def test_the_comparison_finds_planted_optimizers(planted: optax.GradientTransformation) -> None:
-    report = against_torch(planted, lr=0.02)
-    assert report.verdict == parity.Verdict.SEMANTICS_DIFFER
-    assert report.departure.step == 1
+@every_case
+def test_every_tensor_is_torchs_in_every_step(number: int) -> None:
+    """Parameters, updates, moments and step counts to 1e-12, one tensor without gradient."""
+    ours, theirs = in_float64()[number]
+    assert optimizers.differences(ours, theirs) == []
+    kinds = {name.split()[0] for name in theirs} - {"param", "update"}
+    options = CASES[number].options
+    if "betas" in options:
+        assert kinds == {"mu", "nu", "step"} | ({"nu_max"} if options["amsgrad"] else set())
+    else:
+        assert kinds == ({"trace"} if options["momentum"] else set())
+    # What has no gradient stays bit for bit, and PyTorch keeps no state of it.
+    assert not ours["update gain"].any()
+    assert (ours["param gain"] == ours["param gain"][0]).all()
+    assert not any(a.any() for n, a in ours.items() if n in ("mu gain", "nu gain", "trace gain"))
+    assert not ours["step gain"].any()
 
 
-def test_optax_amsgrad_is_not_torchs() -> None:
-    report = against_torch(optax.amsgrad(0.02), lr=0.02, weight_decay=0.0, amsgrad=True)
-    assert report.departure.name.startswith("max_exp_avg_sq")
+@every_case
+def test_float32_is_as_accurate_as_torchs(number: int) -> None:
+    assert optimizers.worse_than_torch(*in_float32()[number]) == {}
+
+
+def test_what_is_kept_in_bfloat16_is_less_accurate_than_torchs() -> None:
+    for ours, theirs, exact in (in_float32()[0], in_float32()[-1]):
+        kind = "mu" if "mu kernel" in ours else "trace"
+        rounded = {
+            name: a.astype(jnp.bfloat16).astype(a.dtype) if name.startswith(kind) else a
+            for name, a in ours.items()
+        }
+        assert optimizers.worse_than_torch(rounded, theirs, exact).keys() == {kind}
+
+
+PLAIN, DECAYED, AMSGRAD, MOMENTUM, DAMPENED = 0, 3, 12, 56, 64
+WRONG = {  # a case of PyTorch's, an optimizer that is not it, the quantities that give it away
+    "decays": (PLAIN, lambda rate: optim.adamw(rate, weight_decay=0.05), {"update", "param"}),
+    "L2": (DECAYED, lambda rate: optim.adam(rate, weight_decay=0.05), {"mu", "nu"}),
+    "climbs": (PLAIN, lambda rate: optim.adam(rate, maximize=True), {"mu"}),
+    "eps": (PLAIN, lambda rate: optim.adam(rate, eps=1.1e-8), {"update"}),
+    "beta": (PLAIN, lambda rate: optim.adam(rate, (0.9, 0.9991)), {"nu"}),
+    "no maximum": (AMSGRAD, optim.adam, {"update"}),
+    "momentum": (MOMENTUM, lambda rate: optim.sgd(rate, 0.91), {"trace"}),
+    "no dampening": (DAMPENED, lambda rate: optim.sgd(rate, 0.9), {"trace"}),
+    "nesterov": (MOMENTUM, lambda rate: optim.sgd(rate, 0.9, nesterov=True), {"update"}),
+}
+
+
+def test_the_comparison_finds_other_optimizers() -> None:
+    params, gradients = optimizers.problem()
+    made = [make(optimizers.RATE) for _, make, _ in WRONG.values()]
+    with jax.enable_x64(True):
+        runs = optimizers.run_ours(made, params, gradients | {"gain": None})
+    for (number, _, kinds), ours in zip(WRONG.values(), runs, strict=True):
+        _, theirs = in_float64()[number]
+        found = optimizers.differences({**theirs, **ours}, theirs)
+        assert kinds <= {line.split()[0] for line in found}, IDS[number]
+
+
+def test_the_defaults_are_torchs() -> None:
+    params, gradients = optimizers.problem()
+    twins = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+    with jax.enable_x64(True):
+        runs = optimizers.run_ours([optim.adamw(), optim.adam(), optim.sgd()], params, gradients)
+    for ours, twin in zip(runs, twins, strict=True):
+        theirs = optimizers.run_torch(twin, params, gradients)
+        assert optimizers.differences(ours, theirs) == []
+    assert optimizers.differences(runs[0], optimizers.run_torch(twins[1], params, gradients))
 
 
 # One update is a quotient of two moments, two corrections, a root, eps and the rate: fewer than 16
@@ -135,22 +188,6 @@ def test_only_masked_parameters_decay() -> None:
         assert not updates["gain"].any()
 
 
-def test_a_chain_of_clipping_and_a_scheduled_adamw_is_torchs() -> None:
-    def make(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer, steps = torch.optim.AdamW(params), itertools.count()
-
-        def before(*_: object) -> None:
-            optimizer.param_groups[0]["lr"] = 0.02 * next(steps)
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-
-        optimizer.register_step_pre_hook(before)
-        return optimizer
-
-    adamw = optim.adamw(lambda count: 0.02 * jnp.asarray(count, float))
-    report = parity.compare(optax.chain(optim.clip_grad_norm(1.0), adamw), make, *PARAMETERS)
-    assert report.passed, str(report)
-
-
 def test_a_tree_without_parameters_is_no_error() -> None:
     # optax.partition gives such trees to groups that nothing belongs to.
     for amsgrad in (False, True):
@@ -172,58 +209,38 @@ def test_partition_trains_each_group_with_its_own_rate() -> None:
         assert updates[name].tolist() == alone[name].tolist()
 
 
-@pytest.mark.parametrize("mask", [True, False, np.True_, jnp.array(True), np.array([True, False])])
-def test_a_bare_boolean_mask_is_refused(mask: object) -> None:
-    with pytest.raises(
-        ValueError, match=r"mask must be .*, not a bare boolean, got mask=.*static_"
-    ):
-        optim.adamw(mask=mask)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"learning_rate": -1.0},
-            "learning_rate, eps and weight_decay must .* got learning_rate=-1",
-        ),
-        ({"learning_rate": jnp.float32(-1)}, "must be finite and at least 0"),
-        ({"learning_rate": math.nan}, "learning_rate=nan"),
-        ({"eps": -1e-8}, "eps=-1e-08"),
-        ({"weight_decay": math.inf}, "weight_decay=inf"),
-        ({"betas": (1.0, 0.999)}, r"betas must lie in \[0, 1\), got betas=\(1.0, 0.999\)"),
-        ({"betas": (0.9, -0.1)}, r"betas must lie in \[0, 1\)"),
-        ({"betas": (0.9, math.nan)}, r"betas must lie in \[0, 1\)"),
-        ({"betas": (0.9,)}, r"betas must be two decay rates, got betas=\(0.9,\)"),
-    ],
-)
-def test_known_bad_values_are_refused(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        optim.adamw(**arguments)
-
-
-def test_a_mask_that_does_not_fit_is_refused_at_init() -> None:
-    with pytest.raises(
-        ValueError, match=r"at the parameter's place, got on_one_side_only=\['bias', 'gain'\]"
-    ):
-        optim.adamw(mask={"kernel": True}).init(parameters())
-
-
-def test_a_mask_goes_by_names_and_not_by_order() -> None:
-    params = {0: jnp.ones(1), 2: jnp.ones(1), 10: jnp.ones(1)}
-    tx = optim.adamw(1.0, weight_decay=0.5, mask={"0": False, "2": False, "10": True})
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-    assert {k: float(u[0]) for k, u in updates.items()} == {0: 0.0, 2: 0.0, 10: -0.5}
-
-
-def test_an_update_without_parameters_is_refused() -> None:
-    tx = optim.adamw()
+def test_the_state_has_optaxs_names() -> None:
     params = {"w": jnp.ones(2)}
-    with pytest.raises(ValueError, match="weight decay needs the parameters, got params=None"):
-        tx.update(params, tx.init(params))
+    state = optim.adamw(amsgrad=True).init(params)
+    assert isinstance(state, optim.AdamState)
+    assert optax.tree.get(state, "mu")["w"].tolist() == [0.0, 0.0]
+    assert optim.adam().init(params).nu_max is None
+    assert optim.sgd().init(params).trace is None
+    assert optim.sgd(momentum=0.9).init(params).trace["w"].tolist() == [0.0, 0.0]
+    # What optax.tree.map_params is for: shardings of the moments, say.
+    shown = optax.tree.map_params(optim.adamw(), lambda _: "moment", optim.adamw().init(params))
+    assert (shown.mu, shown.nu) == ({"w": "moment"}, {"w": "moment"})
+    assert not isinstance(shown.count, str)
 
 
-def test_the_state_is_optaxs_own() -> None:
-    assert isinstance(optim.adamw().init({"w": jnp.ones(2)}), optax.ScaleByAdamState)
-    state = optim.adamw(amsgrad=True).init({"w": jnp.ones(2)})
-    assert isinstance(state, optax.ScaleByAmsgradState)
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_the_state_is_kept_in_the_dtype_asked_for(name: str) -> None:
+    """A bfloat16 second moment stays at 1 under a decay of 0.999; a float32 one does not."""
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    options = {"momentum": 0.999} if name == "sgd" else {}
+    still = {"w": jnp.zeros(3, jnp.bfloat16)}
+    left = {}
+    for dtype in (None, jnp.float32):
+        tx = getattr(optim, name)(0.0, state_dtype=dtype, **options)
+        field = "trace" if name == "sgd" else "nu"
+        state = tx.init(params)
+        state = state._replace(**{field: jax.tree.map(jnp.ones_like, getattr(state, field))})
+        step = jax.jit(lambda s, tx=tx: tx.update(still, s, params))
+        for _ in range(20):
+            updates, state = step(state)
+        assert updates["w"].dtype == jnp.bfloat16
+        kept = getattr(state, field)["w"]
+        assert kept.dtype == (dtype or jnp.bfloat16)
+        left[dtype] = float(kept[0])
+    assert left[None] == 1.0
+    assert abs(left[jnp.float32] - 0.999**20) <= 20 * float(jnp.finfo(jnp.float32).eps)

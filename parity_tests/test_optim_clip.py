@@ -15,6 +15,7 @@ from parity_tests.support.cases import values
 
 SHAPES = {"kernel": (5, 4), "bias": (4,), "gain": ()}
 NORMS = [1.0, 2.0, 3.0, 0.5, math.inf]
+ODD_NORMS = [0.0, -1.0, -math.inf]
 Tree = dict[str, np.ndarray]
 
 
@@ -22,7 +23,7 @@ def gradients(total: float, order: float = 2.0) -> Tree:
     """Gradients of the given total norm, of both signs."""
     raw = {n: values(*s, seed=i, offset=0.5) for i, (n, s) in enumerate(SHAPES.items())}
     flat = np.concatenate([leaf.ravel() for leaf in raw.values()])
-    size = np.linalg.norm(flat, order)
+    size = np.linalg.norm(flat, order) if order > 0 else 1.0
     return {name: leaf * (total / size) for name, leaf in raw.items()}
 
 
@@ -62,6 +63,30 @@ def test_clipping_is_torchs_in_float64(order: float, total: float, max_norm: flo
     with jax.enable_x64(True):
         found = ours(tree, "float64", max_norm, norm_type=order)
         assert_same(found, theirs(tree, "float64", max_norm, norm_type=order))
+
+
+@pytest.mark.parametrize("order", ODD_NORMS)
+def test_any_order_is_torchs(order: float) -> None:
+    tree = gradients(18.0, order)
+    with jax.enable_x64(True):
+        assert_same(
+            ours(tree, "float64", 1.0, norm_type=order),
+            theirs(tree, "float64", 1.0, norm_type=order),
+        )
+
+
+def test_absent_gradients_neither_count_nor_change() -> None:
+    tree = {**gradients(18.0), "absent": None}
+    params = {name: torch.zeros(SHAPES.get(name, (3,))).double() for name in tree}
+    for name, leaf in tree.items():
+        params[name].grad = None if leaf is None else torch.tensor(leaf)
+    norm = torch.nn.utils.clip_grad_norm_(list(params.values()), 1.0)
+    with jax.enable_x64(True):
+        tx = optim.clip_grad_norm(1.0)
+        clipped, state = tx.update(jax.tree.map(jnp.asarray, tree), tx.init(tree))
+        assert clipped.pop("absent") is None
+        expected = {name: params[name].grad.numpy() for name in SHAPES}
+        assert_same((jax.tree.map(np.asarray, clipped), state), (expected, norm.numpy()))
 
 
 def test_the_default_is_the_2_norm() -> None:
@@ -179,9 +204,37 @@ def test_the_norm_spans_leaves_of_different_dtypes() -> None:
     [
         ((-1.0,), "max_norm must be at least 0, got max_norm=-1.0"),
         ((math.nan,), "max_norm must be at least 0, got max_norm=nan"),
-        ((1.0, 0.0), "norm_type must be above 0, got norm_type=0.0"),
+        ((1.0, math.nan), "norm_type must be a number, got norm_type=nan"),
     ],
 )
 def test_clipping_names_bad_arguments(arguments: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         optim.clip_grad_norm(*arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("value", [1.0, 0.1, 0.0, math.inf])
+def test_clipping_by_value_is_torchs_bit_for_bit(dtype: str, value: float) -> None:
+    raw = np.array([-3.0, -0.1, 0.0, 0.1, 0.25, math.inf, -math.inf, math.nan])
+    parameter = torch.zeros(8, dtype=getattr(torch, dtype))
+    parameter.grad = torch.tensor(raw).to(parameter.dtype)
+    torch.nn.utils.clip_grad_value_([parameter], value)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        tree = {"a": jnp.asarray(raw, dtype), "b": None}
+        for given in (value, jnp.asarray(value, "float32") if dtype == "bfloat16" else value):
+            tx = optim.clip_grad_value(given)
+            clipped, state = tx.update(tree, tx.init(tree))
+            assert clipped["a"].dtype == dtype
+            assert clipped["b"] is None
+            wide = np.asarray(clipped["a"], np.float64)
+            np.testing.assert_array_equal(wide, parameter.grad.double().numpy())
+    assert state == optax.EmptyState()
+
+
+def test_clipping_by_value_checks_what_it_knows() -> None:
+    for bad in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="clip_value must be at least 0, got clip_value="):
+            optim.clip_grad_value(bad)
+    tree = {"a": jnp.array([2.0])}
+    clip = jax.jit(lambda v: optim.clip_grad_value(v).update(tree, optax.EmptyState())[0]["a"])
+    assert clip(jnp.float32(0.5)).tolist() == [0.5]

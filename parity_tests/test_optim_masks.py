@@ -30,12 +30,16 @@ WEIGHTED = {
     "nnx einsum": lambda: nnx.Einsum("ab,bc->ac", (3, 4), (4,), rngs=nnx.Rngs(0)),
     "nnx attention": lambda: nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0)),
     "nnx lstm": lambda: nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0)),
+    "nnx gru": lambda: nnx.GRUCell(3, 4, rngs=nnx.Rngs(0)),
+    "conv transpose": lambda: linear.ConvTranspose(3, 4, 3, rngs=nnx.Rngs(0)),
+    "nnx conv transpose": lambda: nnx.ConvTranspose(3, 4, (3,), rngs=nnx.Rngs(0)),
+    "nnx low-rank linear": lambda: nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(0)),
 }
 
 
-def decaying(model: nnx.Module) -> set[str]:
+def decaying(model: nnx.Module, **options: object) -> set[str]:
     """The names of the parameters that decay, without asking the mask for its own table."""
-    mask = optim.decay_mask(model)(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    mask = optim.decay_mask(model, **options)(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     flat, _ = jax.tree_util.tree_flatten_with_path(mask)
     return {".".join(str(entry.key) for entry in path) for path, decays in flat if decays}
 
@@ -86,6 +90,105 @@ def test_stacked_norms_and_biases_keep_their_roles() -> None:
     chosen = nnx.to_pure_dict(mask(gradients))
     assert chosen["linear"] == {"kernel": True, "bias": False}
     assert chosen["norm"] == {"scale": False, "bias": False}
+
+
+class MyNorm(nnx.Module):
+    """A user's own, in PyTorch's names."""
+
+    def __init__(self) -> None:
+        self.weight, self.shift = nnx.Param(jnp.ones(4)), nnx.Param(jnp.ones((1, 4)))
+
+
+class _User(nnx.Module):
+    """Pieces that users write themselves, with names that are easily taken for others."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.norm = MyNorm()
+        self.scale = nnx.Param(jnp.ones(4))
+        self.scaled = nnx.Param(jnp.ones((4, 4)))
+        self.unbiased = nnx.Param(jnp.ones((4, 4)))
+        self.relative_position_bias_table = nnx.Param(jnp.ones((9, 2)))
+        self.biases = nnx.List([nnx.Param(jnp.ones((2, 4)))])
+        self.value = nnx.Param(jnp.ones((4, 4)))
+        self.low_rank = nnx.LoRA(4, 2, 4, rngs=rngs)
+        self.slope = nnx.PReLU()
+        self.pair = nnx.Param({"value": jnp.ones((4, 4)), "other": jnp.ones((4, 4))})
+
+
+DECAYING = {
+    *("scaled", "unbiased", "value", "low_rank.lora_a", "low_rank.lora_b"),
+    *("pair.value", "pair.other"),
+}
+
+
+def test_what_users_write_is_known_by_its_role() -> None:
+    model = _User(nnx.Rngs(0))
+    assert decaying(model) == DECAYING
+    roles = {".".join(path): role for path, role in optim.decay_mask(model).roles.items()}
+    assert roles["norm.weight"].reason == roles["norm.shift"].reason == "normalisation"
+    assert (roles["scale"].reason, roles["slope.negative_slope"].reason) == ("scale", "slope")
+    assert roles["biases.0"].reason == roles["relative_position_bias_table"].reason == "bias"
+    assert roles["pair.other"].shape == (4, 4)
+
+
+@pytest.mark.parametrize("form", ["state", "pure dict", "nnx.as_pure", "split"])
+def test_parameters_called_value_and_dicts_of_them_are_found_in_every_form(form: str) -> None:
+    model = _User(nnx.Rngs(0))
+    params = jax.tree.map(jnp.ones_like, _forms(model)[form])
+    mask = optim.decay_mask(model)
+    chosen = jax.tree.leaves(mask(params))
+    pure = jax.tree.leaves(mask(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    assert chosen == pure
+    assert sum(chosen) == len(DECAYING)
+    tx = optim.sgd(0.5, weight_decay=0.5, mask=mask(params))  # a tree, given in either form
+    for tree in (params, nnx.as_pure(params)):
+        still = jax.tree.map(jnp.zeros_like, tree)
+        updates, _ = jax.jit(tx.update)(still, tx.init(tree), tree)
+        assert [bool(u.any()) for u in jax.tree.leaves(updates)] == chosen
+
+
+@pytest.mark.parametrize("make", [linear.Embed, nnx.Embed], ids=["ours", "nnx"])
+def test_embeddings_decay_unless_told_otherwise(make: object) -> None:
+    class Tokens(nnx.Module):
+        def __init__(self) -> None:
+            self.tokens = make(7, 4, rngs=nnx.Rngs(0))
+            self.head = nnx.Linear(4, 7, rngs=nnx.Rngs(0))
+
+    model = Tokens()
+    assert decaying(model) == {"tokens.embedding", "head.kernel"}
+    assert decaying(model, embeddings=False) == {"head.kernel"}
+    assert optim.decay_mask(model).roles[("tokens", "embedding")].reason == "embedding"
+
+
+def test_filters_exempt_further_parameters() -> None:
+    class Vit(nnx.Module):
+        def __init__(self) -> None:
+            self.pos_embed = nnx.Param(jnp.ones((1, 5, 4)))
+            self.cls_token = nnx.Param(jnp.ones((1, 1, 4)), role="class token")
+            self.head = nnx.Linear(4, 7, rngs=nnx.Rngs(0))
+
+    model = Vit()
+    assert decaying(model) == {"pos_embed", "head.kernel"}
+    exempt = (nnx.PathContains("pos_embed"),)
+    assert decaying(model, exempt=exempt) == {"head.kernel"}
+    assert optim.decay_mask(model, exempt=exempt).roles[("pos_embed",)].reason == "exempt"
+    with pytest.raises(ValueError, match=r"a filter must take a parameter .*PathContains"):
+        optim.decay_mask(model, exempt=(nnx.PathContains("nowhere"),))
+    with pytest.raises(ValueError, match=r"model must be an nnx.Module, got model_type='State'"):
+        optim.decay_mask(nnx.state(model))
+
+
+def test_a_scanned_transformer_keeps_its_roles() -> None:
+    class Block(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.ln = norms.LayerNorm(4)
+            self.attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+            self.ffn = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.PReLU())
+
+    model = nnx.vmap(Block)(nnx.Rngs(0).split(3))
+    assert model.attention.query.bias.ndim == 3
+    parts = ("query", "key", "value", "out")
+    assert decaying(model) == {"ffn.layers.0.kernel", *(f"attention.{p}.kernel" for p in parts)}
 
 
 class _Roles(nnx.Module):

@@ -1,21 +1,38 @@
-"""Adam with decoupled weight decay, in PyTorch's order of operations."""
+"""Adam, with L2 in the gradient or decoupled weight decay, in PyTorch's order of operations."""
 
+import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from flaxstab._checks import check
-from flaxstab._dtypes import widest
-from flaxstab._typing import Array
-from flaxstab.optim._masks import path_names, unwrapped
+from flaxstab._typing import Array, DTypeLike
+from flaxstab.optim._core import Options, Parts, transformation
+from flaxstab.optim._hypers import Hyper, check_hypers, is_traced
+from flaxstab.optim._masks import Mask
 
-Hyper: TypeAlias = float | Array | optax.Schedule  # a number, a traced number, or a schedule
-Mask: TypeAlias = Callable[[optax.Params], optax.Params] | optax.Params
+
+class AdamState(NamedTuple):
+    """State of :func:`adam` and :func:`adamw`.
+
+    Attributes:
+      count: how many updates there were; what schedules see.
+      mu: first moments, PyTorch's ``exp_avg``.
+      nu: second moments, ``exp_avg_sq``.
+      nu_max: the largest second moments so far, ``max_exp_avg_sq``; ``None`` without ``amsgrad``.
+      skipped: how many of the updates each parameter, in the order of the tree's leaves, sat out
+        because its gradient was ``None``; of no elements as long as none did. A parameter's own
+        step number is ``count`` less that.
+    """
+
+    count: Array  # type: ignore[assignment]  # optax's name hides a tuple's method
+    mu: optax.Updates
+    nu: optax.Updates
+    nu_max: optax.Updates | None
+    skipped: Array
 
 
 class _Decay(NamedTuple):
@@ -33,13 +50,23 @@ def _decay_rate(beta: float | Array) -> _Decay:
 
 
 class _Hypers(NamedTuple):
-    """The hyper-parameters of one step, as numbers or traced scalars."""
+    """The hyper-parameters that Adam has beside the learning rate and the decay."""
 
-    learning_rate: float | Array
-    weight_decay: float | Array
-    eps: float | Array
     first: _Decay
     second: _Decay
+    eps: float | Array
+
+
+class _Terms(NamedTuple):
+    """The scalars of one step, in the dtype of the computation."""
+
+    rate: Array  # learning rate, over the first moment's correction
+    first: Array  # decay rate of the first moment
+    first_complement: Array
+    second: Array
+    second_complement: Array
+    root: Array  # of the second moment's correction
+    eps: Array
 
 
 def adamw(
@@ -51,17 +78,18 @@ def adamw(
     maximize: bool = False,
     *,
     mask: Mask | None = None,
+    state_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW with PyTorch's update and defaults.
 
     Same result as ``torch.optim.AdamW``: the parameter first shrinks by
     ``learning_rate * weight_decay``, then takes the Adam step; with ``amsgrad`` the maximum runs
-    over the uncorrected second moments. Both moments keep the parameter's dtype, scalars are
-    computed in float32 or wider.
+    over the uncorrected second moments; a parameter whose gradient is ``None`` is left alone, and
+    its own step number with it. Scalars and the step are computed in float32 or wider.
 
     Args:
       learning_rate: step size, at least 0; a number, a traced number or a schedule of the number
-        of steps taken so far.
+        of updates so far.
       betas: decay rates of the two moments, in [0, 1).
       eps: added to the root of the second moment, at least 0.
       weight_decay: decoupled decay rate, at least 0; a number, a traced number or a schedule.
@@ -69,10 +97,11 @@ def adamw(
       maximize: whether to climb.
       mask: which parameters decay: a tree of booleans like the parameters', or a function from
         parameters to one (see :func:`decay_mask`); ``None`` = all.
+      state_dtype: dtype of the moments; ``None`` = each parameter's. Pass float32 for bfloat16
+        parameters: a bfloat16 second moment does not notice a decay of 0.999.
 
     Returns:
-      An optax transformation. Its state is optax's ``ScaleByAdamState``, or
-      ``ScaleByAmsgradState``.
+      An optax transformation. Its state is an :class:`AdamState`.
 
     Raises:
       ValueError: if a value is out of range while it is known, or the mask is a bare boolean.
@@ -87,130 +116,114 @@ def adamw(
 
     Differs from:
       ``optax.adamw``: its default decay is 1e-4; its bias correction ``1 - b2**t`` cancels in
-      float32 (8e-5 at b2 = 0.9999); its amsgrad takes the maximum after the correction.
+      float32 (8e-5 at b2 = 0.9999); its amsgrad takes the maximum after the correction; its
+      ``mu_dtype`` leaves the second moment in the parameter's dtype.
 
     Reference:
       I. Loshchilov, F. Hutter, "Decoupled Weight Decay Regularization", 2017, arXiv:1711.05101;
       S. Reddi, S. Kale, S. Kumar, "On the Convergence of Adam and Beyond", 2019,
       arXiv:1904.09237 (amsgrad).
     """
-    _check_adam(learning_rate, betas, eps, weight_decay)
-    check(
-        not isinstance(mask, bool | np.bool_ | np.ndarray | jax.Array),
-        "mask must be a function or a tree of booleans, not a bare boolean",
-        fix="Pass mask=decay_mask(model); with optax.inject_hyperparams name it in "
-        "static_args=('mask',).",
-        mask=mask,
-    )
-    make_state = _amsgrad_state if amsgrad else _adam_state
-
-    def init(params: optax.Params) -> optax.OptState:
-        _decays(mask, params)
-        return make_state(jnp.zeros((), jnp.int32), params)
-
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: object,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del extra
-        check(params is not None, "weight decay needs the parameters", params=params)
-        rate, decay = (_at(hyper, state.count) for hyper in (learning_rate, weight_decay))
-        hypers = _Hypers(rate, decay, eps, *(_decay_rate(beta) for beta in betas))
-        count = optax.safe_increment(state.count)
-        treedef = jax.tree.structure(updates)
-        moments = (state.mu, state.nu, *((state.nu_max,) if amsgrad else ()))
-        columns = [jax.tree.leaves(tree) for tree in (_decays(mask, params), params, *moments)]
-        gradients = [-g if maximize else g for g in jax.tree.leaves(updates)]
-        stepped = [_step_leaf(hypers, count, *row) for row in zip(gradients, *columns, strict=True)]
-        trees = [
-            jax.tree.unflatten(treedef, [row[i] for row in stepped])
-            for i in range(1 + len(moments))
-        ]
-        return trees[0], type(state)(count, *trees[1:])
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    options = Options(learning_rate, weight_decay, mask, False, maximize, state_dtype)
+    return _adam(options, betas, eps, amsgrad)
 
 
-def _adam_state(count: Array, params: optax.Params) -> optax.ScaleByAdamState:
-    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
-    return optax.ScaleByAdamState(count, *zeros)
+def adam(
+    learning_rate: Hyper = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Hyper = 0.0,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    *,
+    mask: Mask | None = None,
+    state_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns Adam with PyTorch's update and defaults: weight decay is L2, in the gradient.
+
+    Same result as ``torch.optim.Adam``: ``weight_decay`` times the parameter joins the gradient,
+    so that it passes through the moments and large gradients weaken it. :func:`adamw` decays all
+    weights alike.
+
+    Args:
+      learning_rate: as of :func:`adamw`.
+      betas: as of :func:`adamw`.
+      eps: as of :func:`adamw`.
+      weight_decay: the factor of the L2 penalty ½Σθ², at least 0; a number, a traced number or a
+        schedule.
+      amsgrad: as of :func:`adamw`.
+      maximize: whether to climb; the penalty still pulls towards 0.
+      mask: as of :func:`adamw`.
+      state_dtype: as of :func:`adamw`.
+
+    Returns:
+      An optax transformation. Its state is an :class:`AdamState`.
+
+    Raises:
+      ValueError: as :func:`adamw`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.full(2, 8.0)}
+      >>> still = {"kernel": jnp.zeros(2)}
+      >>> tx = adam(0.1, weight_decay=0.5)
+      >>> updates, _ = tx.update(still, tx.init(params), params)
+      >>> updates["kernel"].round(6).tolist()  # adamw: -0.1 * 0.5 * 8
+      [-0.10000000149011612, -0.10000000149011612]
+
+    Differs from:
+      ``optax.adam``, which has no weight decay, and as :func:`adamw` from ``optax.adamw``.
+
+    Reference:
+      D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980.
+    """
+    options = Options(learning_rate, weight_decay, mask, True, maximize, state_dtype)
+    return _adam(options, betas, eps, amsgrad)
 
 
-def _amsgrad_state(count: Array, params: optax.Params) -> optax.ScaleByAmsgradState:
-    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(3)]
-    return optax.ScaleByAmsgradState(count, *zeros)
-
-
-def _step_leaf(
-    hypers: _Hypers,
-    count: Array,
-    gradient: Array,
-    decays: bool,
-    param: Array,
-    mu: Array,
-    nu: Array,
-    nu_max: Array | None = None,
-) -> tuple[Array, ...]:
-    """Returns one parameter's update and new moments."""
-    wide = widest(param.dtype)
-    rate, decay, eps = (jnp.asarray(number, wide) for number in hypers[:3])
-    first, second = (_Decay(*(jnp.asarray(n, wide) for n in rates)) for rates in hypers[3:])
-    g, p, m, v = (jnp.asarray(a, wide) for a in (gradient, param, mu, nu))
-    m = m + first.complement * (g - m)
-    v = second.beta * v + second.complement * jnp.square(g)
-    # 1 - beta**t, without the cancellation (test_bias_correction_does_not_cancel).
-    corrections = [-jnp.expm1(jnp.asarray(count, wide) * r.log) for r in (first, second)]
-    peak = v if nu_max is None else jnp.maximum(jnp.asarray(nu_max, wide), v)
-    divisor = jnp.sqrt(peak) / jnp.sqrt(corrections[1]) + eps
-    update = -(rate / corrections[0]) * m / divisor
-    if decays:
-        update = update - rate * decay * p
-    kept = (m, v) if nu_max is None else (m, v, peak)
-    return (jnp.asarray(update, param.dtype), *(jnp.asarray(k, mu.dtype) for k in kept))
-
-
-def _at(hyper: Hyper, count: Array) -> float | Array:
-    return hyper(count) if callable(hyper) else hyper
-
-
-def _decays(mask: Mask | None, params: optax.Params) -> optax.Params:
-    """Returns one Python boolean per parameter, in a tree like the parameters'."""
-    if mask is None:
-        return jax.tree.map(lambda _: True, params)
-    chosen = mask(params) if callable(mask) else mask
-    flags, wanted = _by_name(chosen), _by_name(params)
-    apart = sorted(".".join(path) for path in flags.keys() ^ wanted.keys())
-    check(
-        not apart,
-        "mask must have one boolean per parameter, at the parameter's place",
-        fix="Pass a function such as decay_mask(model): it fits every form of the tree.",
-        on_one_side_only=apart,
-    )
-    structure = jax.tree.structure(params)
-    return jax.tree.unflatten(structure, [bool(flags[path]) for path in wanted])
-
-
-def _by_name(tree: optax.Params) -> dict[tuple[str, ...], object]:
-    """Returns a tree's leaves by path, the same for a State and a pure dict."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {unwrapped(path_names(path)): leaf for path, leaf in paths}
-
-
-def _check_adam(
-    learning_rate: Hyper, betas: tuple[float, float], eps: float, weight_decay: Hyper
-) -> None:
-    """Checks what is known: neither schedules nor traced values are."""
-    rule = "learning_rate, eps and weight_decay must be finite and at least 0"
-    values = (learning_rate, eps, weight_decay)
-    known = [float(v) for v in values if not callable(v) and not _is_traced(v)]
-    valid = all(v >= 0 and math.isfinite(v) for v in known)
-    check(valid, rule, learning_rate=learning_rate, eps=eps, weight_decay=weight_decay)
+def _adam(
+    options: Options, betas: tuple[float, float], eps: float, amsgrad: bool
+) -> optax.GradientTransformationExtraArgs:
+    check_hypers(
+        "learning_rate, eps and weight_decay must be finite and at least 0",
+        learning_rate=options.learning_rate, eps=eps, weight_decay=options.weight_decay,
+    )  # fmt: skip
     check(len(betas) == 2, "betas must be two decay rates", betas=betas)
-    in_range = all(0 <= float(beta) < 1 for beta in betas if not _is_traced(beta))
+    in_range = all(0 <= float(beta) < 1 for beta in betas if not is_traced(beta))
     check(in_range, "betas must lie in [0, 1)", betas=betas)
+    terms = functools.partial(_terms, _Hypers(_decay_rate(betas[0]), _decay_rate(betas[1]), eps))
+    step = functools.partial(_step, not isinstance(betas[0], jax.Array) and betas[0] < 0.5)
+    if amsgrad:
+        parts = Parts(AdamState, ("mu", "nu", "nu_max"), terms, step)
+    else:
+        state = functools.partial(AdamState, nu_max=None)
+        parts = Parts(state, ("mu", "nu"), terms, step)
+    return transformation(parts, options)
 
 
-def _is_traced(value: object) -> bool:
-    return isinstance(value, jax.core.Tracer)
+def _terms(hypers: _Hypers, rate: Array, step: Array, wide: DTypeLike) -> _Terms:
+    t, rates = jnp.asarray(step, wide), (hypers.first, hypers.second)
+    # 1 - beta**t, without the cancellation (test_bias_correction_does_not_cancel).
+    first, second = (-jnp.expm1(t * jnp.asarray(decay.log, wide)) for decay in rates)
+    weights = [jnp.asarray(n, wide) for decay in rates for n in decay[:2]]
+    return _Terms(rate / first, *weights, jnp.sqrt(second), jnp.asarray(hypers.eps, wide))
+
+
+def _step(
+    short: bool, terms: _Terms, g: Array, m: Array, v: Array, peak: Array | None = None
+) -> tuple[Array, ...]:
+    """Returns the update and the new moments.
+
+    Args:
+      short: whether the first decay rate is below 1/2: PyTorch's ``lerp`` begins at the nearer end.
+      terms: scalars.
+      g: gradient.
+      m: first moment.
+      v: second moment.
+      peak: the largest second moment before, with amsgrad.
+    """
+    m = g - terms.first * (g - m) if short else m + terms.first_complement * (g - m)
+    v = terms.second * v + terms.second_complement * jnp.square(g)
+    largest = v if peak is None else jnp.maximum(peak, v)
+    update = -terms.rate * m / (jnp.sqrt(largest) / terms.root + terms.eps)
+    return (update, m, v) if peak is None else (update, m, v, largest)

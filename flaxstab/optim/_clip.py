@@ -30,11 +30,13 @@ def clip_grad_norm(
     """Returns a transformation that scales all gradients so that their total norm is bounded.
 
     Same result as ``torch.nn.utils.clip_grad_norm_``: the factor is
-    ``min(1, max_norm / (norm + 1e-6))``, and the norm is computed in float32 or wider.
+    ``min(1, max_norm / (norm + 1e-6))``, and the norm, that of the tensors' norms, is computed in
+    float32 or wider. A gradient of ``None`` does not count and stays ``None``.
 
     Args:
       max_norm: the largest norm left, at least 0; may be traced.
-      norm_type: the order of the norm, above 0; ``math.inf`` for the largest absolute value.
+      norm_type: the order of the norm, any number: ``math.inf`` for the largest absolute value,
+        ``-math.inf`` for the smallest; of order 0 it counts the tensors that are not all 0.
       error_if_nonfinite: whether to raise if the norm is infinite or NaN. Under ``jit`` nothing
         can be raised: read ``state.nonfinite``.
 
@@ -68,7 +70,7 @@ def clip_grad_norm(
         fix="With optax.inject_hyperparams name it in static_args=('norm_type',).",
         norm_type=norm_type,
     )
-    check(norm_type > 0, "norm_type must be above 0", norm_type=norm_type)
+    check(not math.isnan(norm_type), "norm_type must be a number", norm_type=norm_type)
 
     def init(params: optax.Params) -> ClipState:
         dtype = widest(*(leaf.dtype for leaf in jax.tree.leaves(params)))
@@ -94,13 +96,59 @@ def clip_grad_norm(
 
 
 def _total_norm(tree: optax.Updates, order: float) -> Array:
-    """Returns the norm of all elements of all leaves, in float32 or wider."""
-    leaves = jax.tree.leaves(tree)
+    """Returns the norm of the norms of all leaves, in float32 or wider."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
     if not leaves:
         return jnp.zeros(())
     wide = widest(*(leaf.dtype for leaf in leaves))
-    magnitudes = [jnp.abs(jnp.asarray(leaf, wide)) for leaf in leaves]
+    norms = [_norm(jnp.abs(jnp.asarray(leaf, wide)), order) for leaf in leaves]
+    return _norm(jnp.stack(norms), order)
+
+
+def _norm(sizes: Array, order: float) -> Array:
+    """Returns the norm of non-negative numbers, at least one of them."""
     if math.isinf(order):
-        return jnp.max(jnp.stack([jnp.max(m, initial=0) for m in magnitudes]))
-    norms = jnp.stack([jnp.sum(m**order) ** (1 / order) for m in magnitudes])
-    return jnp.sum(norms**order) ** (1 / order)
+        return jnp.max(sizes) if order > 0 else jnp.min(sizes)
+    if order == 0:
+        return jnp.sum(jnp.asarray(sizes != 0, sizes.dtype))
+    if order == 2:
+        return jnp.sqrt(jnp.sum(jnp.square(sizes)))
+    return jnp.sum(sizes**order) ** (1 / order)
+
+
+def clip_grad_value(clip_value: float) -> optax.GradientTransformation:
+    """Returns a transformation that clips every element of every gradient.
+
+    Same result as ``torch.nn.utils.clip_grad_value_``; NaN stays NaN, ``None`` stays ``None``.
+
+    Args:
+      clip_value: the largest absolute value left, at least 0; may be traced. It is rounded to each
+        gradient's dtype.
+
+    Raises:
+      ValueError: if it is negative or NaN while it is known.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = clip_grad_value(1.0)
+      >>> tx.update({"kernel": jnp.array([-3.0, 0.5])}, tx.init({}))[0]["kernel"].tolist()
+      [-1.0, 0.5]
+
+    Differs from:
+      ``optax.clip``, which widens 16-bit gradients if the bound is a float32 array.
+    """
+    known = not isinstance(clip_value, jax.core.Tracer)
+    check(not known or clip_value >= 0, "clip_value must be at least 0", clip_value=clip_value)
+
+    def update(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del params
+
+        def clip(leaf: Array) -> Array:
+            bound = jnp.asarray(clip_value, leaf.dtype)
+            return jnp.clip(leaf, -bound, bound)
+
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)

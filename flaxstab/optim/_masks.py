@@ -1,13 +1,23 @@
 """Which parameters decay, decided by their role in the model and not by their rank."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
+from flaxstab._checks import check
+from flaxstab.linear import Embed
 from flaxstab.norms._kinds import NORMS
+from flaxstab.optim._paths import Parameter, Path, beside, chosen, like, parameters, table
+
+Mask: TypeAlias = Callable[[optax.Params], optax.Params] | optax.Params
+
+_EMBEDDINGS = (Embed, nnx.Embed)
+_DECAYING = ("weight", "embedding")
+_BOOLEANS = (bool, np.bool_, np.ndarray, jax.Array)
 
 
 class Role(NamedTuple):
@@ -34,7 +44,7 @@ class DecayMask:
       roles: every parameter's role, by path.
     """
 
-    def __init__(self, roles: Mapping[tuple[str, ...], Role]) -> None:
+    def __init__(self, roles: Mapping[Path, Role]) -> None:
         self.roles = dict(roles)
 
     def __call__(self, params: optax.Params) -> optax.Params:
@@ -43,46 +53,40 @@ class DecayMask:
         Raises:
           ValueError: if a leaf is not a parameter of the model that the mask was made for.
         """
-        paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-        return jax.tree.unflatten(treedef, [self._role(path).decays for path, _ in paths])
-
-    def _role(self, path: tuple[object, ...]) -> Role:
-        names = path_names(path)
-        for known in (names, unwrapped(names)):
-            if known in self.roles:
-                return self.roles[known]
-        raise ValueError(
-            "the mask must be made for the model whose parameters it gets, "
-            f"got leaf={'.'.join(names)!r}. "
-            f"Known parameters: {', '.join('.'.join(known) for known in self.roles)}. "
-            "With optax.inject_hyperparams name the mask in static_args=('mask',)."
-        )
+        return like(params, lambda path: self.roles[path].decays, self.roles)
 
     def __str__(self) -> str:
-        rows = [("parameter", "shape", "decays", "role")]
-        rows += [
-            (".".join(path), str(role.shape), "yes" if role.decays else "no", role.reason)
+        rows = [
+            (path, role.shape, "yes" if role.decays else "no", role.reason)
             for path, role in self.roles.items()
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return table(("parameter", "shape", "decays", "role"), *rows)
 
 
-def decay_mask(model: nnx.Module) -> DecayMask:
+def decay_mask(
+    model: nnx.Module, *, embeddings: bool = True, exempt: tuple[object, ...] = ()
+) -> DecayMask:
     """Returns the mask that decays weights, and neither biases nor normalisation parameters.
 
-    Decided by role: every parameter of a normalisation layer, every ``bias`` (also the
-    two-dimensional ones of ``nnx.MultiHeadAttention``), and every ``nnx.Param`` with ``role``
-    metadata other than ``'weight'`` (class token, position embedding, layer scale) is exempt;
-    stacked layers keep their roles. Give a parameter of your own ``nnx.Param(value, role='…')``
-    to exempt it.
+    Decided by role, never by rank. Exempt are: every parameter of a normalisation layer,
+    flaxstab's, NNX's or one whose class is called ``…Norm``; every ``scale``; every bias (also the
+    two-dimensional ones of ``nnx.MultiHeadAttention``, ``bias_k`` and ``bias_v``); the slope of
+    ``nnx.PReLU``, as PyTorch advises; and every ``nnx.Param`` with ``role`` metadata other than
+    ``'weight'`` and ``'embedding'`` (class token, position embedding, layer scale). Stacked layers
+    keep their roles. Low-rank factors decay.
 
     Args:
       model: the model; only its structure is read.
+      embeddings: whether the tables of ``Embed`` layers decay.
+      exempt: nnx filters of further parameters that do not decay, such as
+        ``(nnx.PathContains("pos_embed"),)``. Or give the parameter a role where it is made:
+        ``nnx.Param(value, role="position embedding")``.
 
     Returns:
       A mask for :func:`adamw`, ``optax.adamw`` and everything else in optax that takes one.
+
+    Raises:
+      ValueError: if a filter takes nothing.
 
     Example:
       >>> from flax import nnx
@@ -95,42 +99,105 @@ def decay_mask(model: nnx.Module) -> DecayMask:
       T. He et al., "Bag of Tricks for Image Classification with Convolutional Neural Networks",
       2018, arXiv:1812.01187 (section 3.1, "no bias decay").
     """
-    modules = dict(nnx.iter_modules(model))
+    named = set().union(*chosen(model, exempt))
+    decaying = _DECAYING if embeddings else _DECAYING[:1]
     roles = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        owner = next(modules[path[:n]] for n in range(len(path) - 1, -1, -1) if path[:n] in modules)
-        reason = _reason(owner, str(path[-1]), variable)
-        names = tuple(str(name) for name in path)
-        roles[names] = Role(tuple(variable.shape), reason == "weight", reason)
+    for parameter in parameters(model):
+        reason = "exempt" if within(parameter.path, named) else role_of(parameter)
+        roles[parameter.path] = Role(parameter.shape, reason in decaying, reason)
     return DecayMask(roles)
 
 
-def _reason(owner: nnx.Module, name: str, variable: nnx.Variable[jax.Array]) -> str:
-    role = variable.get_metadata().get("role")
+def role_of(parameter: Parameter) -> str:
+    """Returns what a parameter is: 'weight', 'bias', 'normalisation', …, or its own metadata."""
+    role = parameter.variable.get_metadata().get("role")
+    owner, name = parameter.owner, parameter.name
     if role is not None:
         return str(role)
-    if isinstance(owner, NORMS):
+    if isinstance(owner, NORMS) or type(owner).__name__.endswith("Norm"):
         return "normalisation"
-    return "bias" if name.startswith("bias") or name.endswith("_bias") else "weight"
+    if isinstance(owner, nnx.PReLU):
+        return "slope"
+    if isinstance(owner, _EMBEDDINGS):
+        return "embedding"
+    if {"bias", "biases"} & set(name.split("_")):
+        return "bias"
+    return "scale" if name == "scale" else "weight"
 
 
-def path_names(path: tuple[object, ...]) -> tuple[str, ...]:
-    """Returns the names along a JAX key path."""
-    return tuple(_name(entry) for entry in path)
+class Selection:
+    """A function from a tree of parameters to a like tree of booleans: true where selected.
+
+    Print it to see what is.
+
+    Attributes:
+      selected: whether each parameter is, by path.
+    """
+
+    def __init__(self, selected: Mapping[Path, bool]) -> None:
+        self.selected = dict(selected)
+
+    def __call__(self, params: optax.Params) -> optax.Params:
+        """Returns booleans in a tree like ``params``.
+
+        Raises:
+          ValueError: if a leaf is not a parameter of the model that this was made for.
+        """
+        return like(params, lambda path: self.selected[path], self.selected)
+
+    def __str__(self) -> str:
+        rows = ((path, "yes" if chosen else "no") for path, chosen in self.selected.items())
+        return table(("parameter", "selected"), *rows)
 
 
-def unwrapped(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns a path without the '.value' at which a State's leaf lies below its variable."""
-    return names[:-1] if names[-1:] == ("value",) else names
+def select(model: nnx.Module, *filters: object) -> Selection:
+    """Returns the mask that is true for what nnx filters take: for :func:`freeze` and the like.
+
+    Args:
+      model: the model; only its structure is read.
+      *filters: nnx filters, such as ``nnx.PathContains("head")`` or ``nnx.LoRAParam``.
+
+    Raises:
+      ValueError: if one takes nothing that none before it takes.
+
+    Example:
+      >>> from flax import nnx
+      >>> print(select(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.PathContains("bias")))
+      parameter  selected
+      bias       yes
+      kernel     no
+    """
+    named = set().union(*chosen(model, filters))
+    return Selection({p.path: within(p.path, named) for p in parameters(model)})
 
 
-def _name(entry: object) -> str:
-    """Returns the name in one entry of a JAX key path."""
-    match entry:
-        case jax.tree_util.DictKey(key=key) | jax.tree_util.FlattenedIndexKey(key=key):
-            return str(key)
-        case jax.tree_util.SequenceKey(idx=index):
-            return str(index)
-        case jax.tree_util.GetAttrKey(name=name):
-            return name
-    return str(entry)
+def within(path: Path, variables: set[Path]) -> bool:
+    """Whether a leaf is one of these variables, or lies in one."""
+    return any(path[:n] in variables for n in range(1, len(path) + 1))
+
+
+def check_mask(mask: Mask | None) -> None:
+    """Raises a ``ValueError`` for a bare boolean, which is what others make of a lost mask."""
+    check(
+        not isinstance(mask, bool | np.bool_ | np.ndarray | jax.Array),
+        "mask must be a function or a tree of booleans, not a bare boolean",
+        fix="Pass mask=decay_mask(model); with optax.inject_hyperparams name it in "
+        "static_args=('mask',).",
+        mask=mask,
+    )
+
+
+def flags(mask: Mask, params: optax.Params) -> list[bool]:
+    """Returns one Python boolean per parameter, in their order.
+
+    Raises:
+      ValueError: if the mask does not fit; it names the leaves.
+    """
+    rule = "mask must have one boolean per parameter, at the parameter's place"
+    fix = "Pass a function such as decay_mask(model): it fits every form of the tree."
+    if not jax.tree.leaves(params):  # also what optax.tree.map_params puts in their place
+        return []
+    found = beside(mask(params) if callable(mask) else mask, params, rule, fix)
+    odd = sorted({str(flag) for flag in found if not isinstance(flag, _BOOLEANS) or np.ndim(flag)})
+    check(not odd, rule, fix=fix, mask=odd)
+    return [bool(flag) for flag in found]

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from flaxstab import interop
+from flaxstab import interop, optim
+from flaxstab.parity._optimizer_state import steps_like_moments
 
 if TYPE_CHECKING:
     import torch
@@ -94,22 +95,22 @@ def adam_distance(
     found = _adam_state(state)
     names = {parameter: name for name, parameter in torch_model.named_parameters()}
     ours, theirs = {}, {}
-    moments = [("mu", "exp_avg"), ("nu", "exp_avg_sq"), ("nu_max", "max_exp_avg_sq")]
-    for moment, key in (row for row in moments if row[0] in found._fields):
+    moments = {"exp_avg": found.mu, "exp_avg_sq": found.nu, "step": steps_like_moments(found)}
+    if getattr(found, "nu_max", None) is not None:
+        moments["max_exp_avg_sq"] = found.nu_max
+    for key, tree in moments.items():
         model = nnx.clone(flax_model)
-        nnx.update(model, getattr(found, moment))
+        nnx.update(model, tree)
         named = interop.state_dict(model)
         for parameter, entry in optimizer.state.items():
-            ours[f"{key} {names[parameter]}"] = named[names[parameter]]
+            array = named[names[parameter]]
+            ours[f"{key} {names[parameter]}"] = array.max() if key == "step" else array
             theirs[f"{key} {names[parameter]}"] = entry[key].numpy()
-    for parameter, entry in optimizer.state.items():
-        ours[f"step {names[parameter]}"] = np.asarray(found.count)
-        theirs[f"step {names[parameter]}"] = entry["step"].numpy()
     return distance(ours, theirs)
 
 
-def _adam_state(state: optax.OptState) -> optax.ScaleByAdamState:
-    kinds = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
+def _adam_state(state: optax.OptState) -> optim.AdamState | optax.ScaleByAdamState:
+    kinds = (optim.AdamState, optax.ScaleByAdamState, optax.ScaleByAmsgradState)
     pure = nnx.as_pure(state)
     nodes = jax.tree.leaves(pure, is_leaf=lambda node: isinstance(node, kinds))
     found = [node for node in nodes if isinstance(node, kinds)]

@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flaxstab import optim
 from flaxstab._typing import PyTree
 from flaxstab.parity._inputs import is_float
 from flaxstab.parity._torch_side import numpy_of
@@ -14,9 +16,12 @@ from flaxstab.parity._torch_side import numpy_of
 if TYPE_CHECKING:
     import torch
 
+_ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
 _KINDS: dict[type, dict[str, str]] = {
-    optax.ScaleByAdamState: {"mu": "exp_avg", "nu": "exp_avg_sq"},
-    optax.ScaleByAmsgradState: {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"},
+    optim.AdamState: _ADAM,
+    optim.SgdState: {"trace": "momentum_buffer"},
+    optax.ScaleByAdamState: {name: _ADAM[name] for name in ("mu", "nu")},
+    optax.ScaleByAmsgradState: _ADAM,
     optax.TraceState: {"trace": "momentum_buffer"},
     optax.ScaleByRmsState: {"nu": "square_avg"},
     optax.ScaleByRStdDevState: {"mu": "grad_avg", "nu": "square_avg"},
@@ -33,13 +38,24 @@ def jax_state(state: PyTree, named: Callable[[PyTree], Mapping[str, PyTree]]) ->
     """
     found: dict[str, PyTree] = {}
     for node in _nodes(state):
-        names: Mapping[str, PyTree] = {}
         for field, key in _KINDS[type(node)].items():
-            names = named(getattr(node, field))
-            found |= {f"{key} {name}": array for name, array in names.items()}
-        if "count" in node._fields:
-            found |= {f"step {name}": node.count for name in names}
+            if getattr(node, field) is not None:
+                names = named(getattr(node, field))
+                found |= {f"{key} {name}": array for name, array in names.items()}
+        if hasattr(node, "count") and not isinstance(node, optim.SgdState):  # torch's counts none
+            steps = named(steps_like_moments(node))
+            found |= {f"step {name}": jnp.max(array) for name, array in steps.items()}
     return found
+
+
+def steps_like_moments(node: optim.AdamState | optax.ScaleByAdamState) -> PyTree:
+    """Returns every parameter's own step number, in arrays of the shapes of its moments."""
+    leaves, treedef = jax.tree.flatten(node.mu)
+    skipped = np.zeros(len(leaves), int)
+    if isinstance(node, optim.AdamState) and node.skipped.size:
+        skipped = np.asarray(node.skipped)
+    steps = [jnp.full(a.shape, node.count - n) for a, n in zip(leaves, skipped, strict=True)]
+    return jax.tree.unflatten(treedef, steps)
 
 
 def _nodes(state: PyTree) -> Iterator[PyTree]:

@@ -1,0 +1,168 @@
+"""Parameters by their path in the model, which every form of a tree of them shares."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import jax
+import optax
+from flax import nnx
+
+from flaxstab._checks import check
+from flaxstab._typing import Array, PyTree
+
+Path: TypeAlias = tuple[str, ...]
+T = TypeVar("T")
+
+
+class Parameter(NamedTuple):
+    """A leaf of a model's parameters and where it belongs.
+
+    Attributes:
+      path: its names from the model down, the same for ``nnx.State`` and pure dicts.
+      shape: its shape.
+      variable: the ``nnx.Param`` that holds it.
+      owner: the module that holds that.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    variable: nnx.Variable[Array]
+    owner: nnx.Module
+
+    @property
+    def name(self) -> str:
+        """The attribute it is held as; that of the list or dict it is in, if it is in one."""
+        return next((name for name in reversed(self.path) if not name.isdecimal()), "")
+
+
+def parameters(model: nnx.Module) -> Iterator[Parameter]:
+    """Yields every leaf of every ``nnx.Param`` of a model, a shared one once."""
+    check(
+        isinstance(model, nnx.Module),
+        "model must be an nnx.Module",
+        fix="Pass the built model itself, not its state.",
+        model_type=type(model).__name__,
+    )
+    modules = dict(nnx.iter_modules(model))
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        owner = next(modules[path[:n]] for n in range(len(path) - 1, -1, -1) if path[:n] in modules)
+        names = tuple(str(name) for name in path)
+        for below, leaf in jax.tree_util.tree_leaves_with_path(variable.get_value()):
+            yield Parameter(names + path_names(below), tuple(leaf.shape), variable, owner)
+
+
+def chosen(model: nnx.Module, filters: Sequence[object]) -> list[set[Path]]:
+    """Returns the paths of the variables that each nnx filter takes, the first one in turn.
+
+    Raises:
+      ValueError: if one takes none.
+    """
+    if not filters:
+        return []
+    # A filter more makes it a tuple also of one; NNX does not export their type.
+    states = nnx.filter_state(nnx.state(model, nnx.Param), *filters, ...)  # type: ignore[call-overload]
+    found = [{tuple(map(str, path)) for path, _ in nnx.to_flat_state(s)} for s in states[:-1]]
+    for given, taken in zip(filters, found, strict=True):
+        check(
+            len(taken) > 0,
+            "a filter must take a parameter that none before it takes",
+            fix="Print nnx.state(model, nnx.Param) to see the paths.",
+            filter=given,
+        )
+    return found
+
+
+def like(params: optax.Params, lookup: Callable[[Path], T], known: Mapping[Path, object]) -> PyTree:
+    """Returns a tree like ``params`` of what ``lookup`` says of each path.
+
+    A ``None`` counts as a leaf where a parameter is known: a gradient may be absent.
+
+    Args:
+      params: parameters, gradients or a part of them.
+      lookup: says what goes where.
+      known: the paths of the model.
+
+    Raises:
+      ValueError: if a leaf is not a parameter of the model.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_absent)
+    found = []
+    for path, leaf in leaves:
+        names = path_names(path)
+        if names not in known and leaf is not None:
+            raise ValueError(
+                "the tree must hold parameters of the model that this was made for, "
+                f"got leaf={'.'.join(names)!r}. "
+                f"Known parameters: {', '.join('.'.join(path) for path in known)}. "
+                "With optax.inject_hyperparams name the argument in static_args=('mask',)."
+            )
+        found.append(lookup(names) if names in known else None)
+    return jax.tree.unflatten(treedef, found)
+
+
+def beside(tree: PyTree, params: optax.Params, rule: str, fix: str) -> list[PyTree]:
+    """Returns what a tree holds at each parameter's place, ``None`` where it holds ``None``.
+
+    Args:
+      tree: like ``params``, perhaps in another form: ``nnx.State``, pure dict, nested.
+      params: the parameters.
+      rule: what the tree must be, for the error.
+      fix: what to change.
+
+    Raises:
+      ValueError: if the two hold different paths; it names them.
+    """
+    if _form(tree) == _form(params):
+        return jax.tree.leaves(tree)
+    given, wanted = by_path(tree), by_path(params)
+    apart = sorted(
+        ".".join(path)
+        for path in given.keys() ^ wanted.keys()
+        if given.get(path, wanted.get(path)) is not None
+    )
+    check(not apart, rule, fix=fix, on_one_side_only=apart)
+    return [given[path] for path, leaf in wanted.items() if leaf is not None]
+
+
+def by_path(tree: PyTree) -> dict[Path, PyTree]:
+    """Returns a tree's leaves by path, ``None`` among them."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_absent)
+    return {path_names(path): leaf for path, leaf in leaves}
+
+
+def _form(tree: PyTree) -> object:
+    return jax.tree.structure(tree)
+
+
+def _absent(leaf: object) -> bool:
+    return leaf is None
+
+
+def path_names(path: tuple[object, ...]) -> Path:
+    """Returns the names along a JAX key path, without the step from a variable to its value."""
+    value = jax.tree_util.GetAttrKey("value")
+    return tuple(_name(entry) for entry in path if entry != value)
+
+
+def _name(entry: object) -> str:
+    match entry:
+        case jax.tree_util.DictKey(key=key) | jax.tree_util.FlattenedIndexKey(key=key):
+            return str(key)
+        case jax.tree_util.SequenceKey(idx=index):
+            return str(index)
+        case jax.tree_util.GetAttrKey(name=name):
+            return name
+    return str(entry)
+
+
+def table(*rows: Sequence[object]) -> str:
+    """Returns rows of cells as lines with aligned columns; paths are dotted."""
+    cells = [[_cell(c) for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(cell: object) -> str:
+    path = isinstance(cell, tuple) and cell and all(isinstance(name, str) for name in cell)
+    return ".".join(map(str, cell)) if path and isinstance(cell, tuple) else str(cell)
