@@ -1,5 +1,7 @@
 """Document 2's Transformer block."""
 
+from typing import TypeAlias, cast
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -14,6 +16,9 @@ from flaxstab.dropout import Dropout
 from flaxstab.linear import Linear
 from flaxstab.linear._base import check_rngs, drawn
 from flaxstab.norms import LayerNorm
+
+
+_FeedForward: TypeAlias = tuple[Linear, Function, Dropout, Linear, Dropout]
 
 
 class TransformerBlock(nnx.Module):
@@ -132,7 +137,7 @@ class TransformerBlock(nnx.Module):
             return self.drop(attended(self.attn, norm, x, **masks, is_causal=is_causal))
 
         def feed(norm: nnx.Module | None, x: Array) -> Array:
-            up, act, inner, down, outer = self.ff.layers
+            up, act, inner, down, outer = cast("_FeedForward", tuple(self.ff.layers))
             return outer(fed_forward(norm, up, act, inner, down, x))
 
         x = wired(attend, self.ln1, self.add1, x, norm_first=True)

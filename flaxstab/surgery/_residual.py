@@ -17,6 +17,7 @@ from flaxstab.blocks import (
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
+from flaxstab.linear import Linear
 from flaxstab.surgery._walk import check_model
 
 _Path = tuple[object, ...]
@@ -66,7 +67,8 @@ def refuse_post_norm(block: nnx.Module) -> NoReturn:
 
 
 def _of_transformer_block(block: TransformerBlock) -> Sequence[nnx.Variable[Array]]:
-    return last_parameters(block.attn.out, block.ff.layers[3])
+    linear = [layer for layer in block.ff.layers if isinstance(layer, Linear)]
+    return last_parameters(block.attn.out, linear[-1])
 
 
 def _of_encoder_layer(layer: TransformerEncoderLayer) -> Sequence[nnx.Variable[Array]]:
