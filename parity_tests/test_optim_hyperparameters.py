@@ -1,5 +1,7 @@
 """``flaxstab.optim.adamw`` with hyper-parameters that change: traced, injected and scheduled."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,26 +24,31 @@ def _trees() -> tuple[optax.Params, optax.Updates]:
     return params, gradient
 
 
-def test_a_learning_rate_that_changes_does_not_retrace() -> None:
-    traces = []
+CHANGES = 100
+
+
+@pytest.mark.parametrize("make", [optim.adamw, optim.adam, optim.sgd], ids=lambda f: f.__name__)
+def test_rates_and_decays_that_change_compile_nothing(make: Callable[..., object]) -> None:
     params, gradient = _trees()
 
     @jax.jit
     def update(rate: jax.Array, decay: jax.Array) -> optax.Updates:
-        traces.append(rate)
-        tx = optim.adamw(rate, weight_decay=decay)
+        tx = make(rate, weight_decay=decay)
         return tx.update(gradient, tx.init(params), params)[0]
 
-    for n in range(20):
-        rate, decay = 0.5**n, 0.25 * n
-        tx = optim.adamw(rate, weight_decay=decay)
-        expected, _ = tx.update(gradient, tx.init(params), params)
+    for n in range(CHANGES):
+        rate, decay = 0.8**n, 0.25 * n
         given = update(jnp.float32(rate), jnp.float32(decay))
-        for name, array in expected.items():
-            # XLA fuses multiply-add under jit (DESIGN, known effects): one rounding less.
-            bound = UPDATE_BOUND * float(jnp.max(jnp.abs(array)))
-            assert float(jnp.max(jnp.abs(given[name] - array))) <= bound
-    assert len(traces) == 1
+        if n % 25 == 1:
+            tx = make(rate, weight_decay=decay)
+            expected, _ = tx.update(gradient, tx.init(params), params)
+            for name, array in expected.items():
+                # XLA fuses multiply-add under jit (DESIGN, known effects): one rounding less.
+                bound = UPDATE_BOUND * float(jnp.max(jnp.abs(array)))
+                assert float(jnp.max(jnp.abs(given[name] - array))) <= bound
+    assert update._cache_size() == 1
+    update(jnp.float32(0.1), 0.5)  # a Python number: the count would show it
+    assert update._cache_size() == 2
 
 
 def test_traced_betas_and_eps_pass_unchecked() -> None:
@@ -82,16 +89,18 @@ def test_injected_hyperparameters_change_in_nnx_optimizer_without_retracing(jit:
         optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
 
     size = 2.0
-    for n in range(20):
-        rate = 0.5 ** (n % 4)
+    changes = CHANGES if jit is nnx.jit else 5
+    for n in range(changes):
+        rate, decay = 0.5 ** (n % 4) / 8, 0.5 ** (n % 3)
         optimizer.opt_state.hyperparams["learning_rate"][...] = jnp.float32(rate)
+        optimizer.opt_state.hyperparams["weight_decay"][...] = jnp.float32(decay)
         step(model, optimizer)
-        size *= 1 - rate * 0.5
+        size *= 1 - rate * decay
         # A step rounds the product and the difference: one eps of the parameter at most.
         bound = (n + 1) * float(jnp.finfo(jnp.float32).eps) * size
         assert np.max(np.abs(np.asarray(model.kernel[...], np.float64) - size)) <= bound
         assert model.bias[...].tolist() == [2.0] * 3
-    assert len(traces) == (1 if jit is nnx.jit else 20)
+    assert len(traces) == (1 if jit is nnx.jit else changes)
 
 
 def test_a_schedule_sees_the_number_of_steps_taken_so_far() -> None:
@@ -143,3 +152,19 @@ def test_a_traced_norm_type_is_refused_with_the_fix() -> None:
     state = tx.init(gradient)
     with pytest.raises(ValueError, match=r"norm_type must be a plain number, .*'norm_type',"):
         jax.jit(tx.update)(gradient, state)
+
+
+def test_every_number_of_sgd_can_be_injected() -> None:
+    """A momentum of 0 that is an array keeps a buffer; the update is undampened, as PyTorch's."""
+    params, gradient = _trees()
+    tx = optax.inject_hyperparams(optim.sgd)(learning_rate=0.5, momentum=0.0, dampening=0.5)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    # Twice without momentum, where the buffer is the gradient; then half of each, and so again.
+    for momentum in (0.0, 0.0, 0.5, 0.5):
+        state.hyperparams["momentum"] = jnp.float32(momentum)
+        updates, state = update(gradient, state, params)
+        for name, g in gradient.items():
+            assert updates[name].tolist() == (-0.5 * g).tolist()
+            assert state.inner_state.trace[name].tolist() == g.tolist()
+    assert update._cache_size() == 1
