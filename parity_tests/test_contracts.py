@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from flaxstab import blocks, dropout, linear, norms
+from flaxstab import attention, blocks, dropout, linear, norms
 from parity_tests.support.cases import values
-from parity_tests.support.contracts import Embedded, Recurrent, narrowings
+from parity_tests.support.contracts import Decoder, Embedded, Recurrent, narrowings
 
 C = 4
 STACK = 3
@@ -100,6 +100,25 @@ ROWS = {
     "ConvNormAct": Row(
         blocks.ConvNormAct, lambda **o: blocks.ConvNormAct(C, C, (3,), **o), mode=RUNNING
     ),
+    "MultiHeadAttention": Row(
+        attention.MultiHeadAttention,
+        lambda **o: attention.MultiHeadAttention(C, 2, 0.5, **o),
+        mode=DROPPING,
+    ),
+    "TransformerBlock": Row(
+        blocks.TransformerBlock,
+        lambda **o: blocks.TransformerBlock(C, 2, 2, 0.5, **o),
+        mode=DROPPING,
+    ),
+    "TransformerEncoderLayer": Row(
+        blocks.TransformerEncoderLayer,
+        lambda **o: blocks.TransformerEncoderLayer(C, 2, 6, 0.5, **o),
+        mode=DROPPING,
+    ),
+    "TransformerDecoderLayer": Row(
+        blocks.TransformerDecoderLayer, lambda **o: Decoder(C, 2, 6, 0.5, **o), mode=DROPPING
+    ),
+    "MLP": Row(blocks.MLP, lambda **o: blocks.MLP(C, 6, drop=0.5, **o), mode=DROPPING),
     "Linear": Row(linear.Linear, lambda **o: linear.Linear(C, C, **o)),
     "Conv": Row(linear.Conv, lambda **o: linear.Conv(C, C, (3,), padding=1, **o)),
     "ConvTranspose": Row(
@@ -110,10 +129,14 @@ ROWS = {
 
 
 def exported() -> set[type[nnx.Module]]:
-    modules = (norms, dropout, linear, blocks)
-    classes = [c for m in modules for _, c in inspect.getmembers(m, inspect.isclass)]
-    layers = {c for c in classes if issubclass(c, nnx.Module) and not c.__name__.startswith("_")}
-    return {c for c in layers if c.__module__.startswith("flaxstab")}
+    modules = (norms, dropout, linear, attention, blocks)
+    classes = [
+        c
+        for m in modules
+        for _, c in inspect.getmembers(m, inspect.isclass)
+        if c.__module__.startswith(m.__name__)
+    ]
+    return {c for c in classes if issubclass(c, nnx.Module) and not c.__name__.startswith("_")}
 
 
 def without_row(rows: dict[str, Row]) -> set[type[nnx.Module]]:

@@ -17,7 +17,6 @@ from flaxstab.linear import Linear
 from flaxstab.linear._base import check_rngs, drawn
 from flaxstab.norms import LayerNorm
 
-
 _FeedForward: TypeAlias = tuple[Linear, Function, Dropout, Linear, Dropout]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from flaxstab import dropout, linear
+from flaxstab import blocks, dropout, linear
 
 
 def narrowings(program: ClosedJaxpr) -> list[str]:
@@ -67,3 +67,13 @@ class Recurrent(nnx.Module):
             carry, y = self.cell(carry, x[:, step % x.shape[1]])
             outputs.append(y)
         return jnp.stack(outputs, 1)
+
+
+class Decoder(nnx.Module):
+    """A decoder layer whose memory is its own input."""
+
+    def __init__(self, *arguments: float, **options: object) -> None:
+        self.layer = blocks.TransformerDecoderLayer(*arguments, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.layer(x, x)
