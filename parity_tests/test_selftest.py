@@ -57,6 +57,7 @@ def _owners() -> list[object]:
     """Returns every module and class that something is planted in."""
     names = [n for n in sys.modules if n.startswith("flaxstab.") and "_selftest" not in n]
     names += ["flaxstab.parity._selftest._cases_training", "torch_ref.functional"]
+    names += ["torch_ref.dropout"]
     names += ["jax.nn", "flax.nnx", "optax", "torch.nn", "torch.nn.functional", "torch.nn.init"]
     names += ["torch.nn.modules.batchnorm", "torch.nn.utils", "torch.nn.utils.clip_grad"]
     names += ["torch.optim", "torch.optim.adam", "torch.optim.lr_scheduler"]

@@ -20,6 +20,16 @@ def test_channel_dropout_is_torchs_dropout_nd_with_torchs_mask(space: tuple[int,
     assert 0 < mask.sum() < mask.numel()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1.0])
+def test_alpha_dropout_is_torchs_with_torchs_mask(p: float) -> None:
+    x = draw(50, 40, seed=1)
+    torch.manual_seed(5)
+    expected = nn.AlphaDropout(p)(x)
+    torch.manual_seed(5)
+    mask = torch.empty_like(x).bernoulli_(1 - p)
+    assert_close(dropout.alpha_dropout(x, mask, p), expected, 2 * x.abs().max())
+
+
 def test_drop_path_drops_whole_samples_and_scales_the_others() -> None:
     torch.manual_seed(0)
     x = draw(60, 5, 4, seed=1)

@@ -1,5 +1,7 @@
 """Where dropout goes: document 2, E-2."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,27 @@ def channel_dropout(x: Tensor, mask: Tensor, p: float) -> Tensor:
     """
     mask = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))  # (N, C) -> (N, C, 1, ..., 1)
     return inverted_dropout(x, mask, p)
+
+
+def alpha_dropout(x: Tensor, mask: Tensor, p: float) -> Tensor:
+    """Drop to SELU's lower limit and keep mean 0, variance 1, as ``nn.AlphaDropout``, given a mask.
+
+    Klambauer, Unterthiner, Mayr, Hochreiter: Self-normalizing neural networks, 2017,
+    arXiv 1706.02515.
+
+    Args:
+        x: Any shape.
+        mask: 1 where kept, 0 where dropped; broadcasts against ``x``.
+        p: Probability of dropping, 0 to 1; at 1 everything is 0.
+
+    Returns:
+        The masked input, scaled and shifted.
+    """
+    if p == 1.0:
+        return x * 0
+    alpha = 1.7580993408473766
+    scale = 1 / math.sqrt((1 - p) * (1 + p * alpha**2))
+    return scale * (x * mask - alpha * (1 - mask) + alpha * p)
 
 
 class DropPath(nn.Module):

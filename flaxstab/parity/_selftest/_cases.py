@@ -4,7 +4,6 @@ Every entry builds both sides anew, so that no compiled program outlives a plant
 it builds at that moment, so that a plant reaches it.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flaxstab import dropout, functional, linear, norms
+from flaxstab import functional, linear, norms
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.parity._inputs import Layout
 from flaxstab.parity._selftest import _witness as witness
@@ -56,7 +55,7 @@ def drawn(module: "torch.nn.Module", seed: int = 7) -> "torch.nn.Module":
     return module
 
 
-def _layout(x: np.ndarray) -> Layout:
+def layout_of(x: np.ndarray) -> Layout:
     return "image" if x.ndim == 4 else None
 
 
@@ -69,7 +68,7 @@ def _layer(
 ) -> Callable[[], Sides]:
     def build() -> Sides:
         layer = drawn(theirs())
-        return Sides(ours(), layer, (x,), witness.plain(layer, formula), _layout(x), dtypes)
+        return Sides(ours(), layer, (x,), witness.plain(layer, formula), layout_of(x), dtypes)
 
     return build
 
@@ -84,7 +83,7 @@ def function(
     def build() -> Sides:
         # A new function each time: JAX keeps what it compiled for as long as the function lives.
         fresh = functools.partial(ours)
-        return Sides(fresh, theirs, inputs, formula, _layout(inputs[0]), dtypes)
+        return Sides(fresh, theirs, inputs, formula, layout_of(inputs[0]), dtypes)
 
     return build
 
@@ -117,7 +116,7 @@ def _rms_norm(layer: "torch.nn.Module", x: "torch.Tensor") -> "torch.Tensor":
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * layer.weight
 
 
-def _linear(layer: "torch.nn.Module", x: "torch.Tensor") -> "torch.Tensor":
+def affine(layer: "torch.nn.Module", x: "torch.Tensor") -> "torch.Tensor":
     return x @ layer.weight.T + layer.bias
 
 
@@ -148,84 +147,6 @@ def _embedding() -> Callable[[], Sides]:
         lambda layer, ids: witness.embedding(ids, layer.weight, PADDING),
         np.array([[0, 2, 5], [6, 2, 5]]),
     )
-
-
-class _Dropped(nnx.Module):
-    """Drops, maps and drops again with one layer: its two masks must differ."""
-
-    def __init__(self, lin: nnx.Module, drop: nnx.Module) -> None:
-        self.lin, self.drop = lin, drop
-
-    def __call__(self, x: Array) -> Array:
-        return self.drop(self.lin(self.drop(x)))
-
-
-def _twice(
-    ours: _Dropped, lin: "torch.nn.Module", drop: "torch.nn.Module", plain: Function, x: np.ndarray
-) -> Sides:
-    import torch
-
-    class Dropped(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin, self.drop = lin, drop
-
-        def forward(self, x: "torch.Tensor") -> "torch.Tensor":
-            return self.drop(self.lin(self.drop(x)))
-
-    class Plain(Dropped):
-        def forward(self, x: "torch.Tensor") -> "torch.Tensor":
-            y = plain(self.lin, self.drop(x) if self.training else x)
-            return self.drop(y) if self.training else y
-
-    return Sides(ours, drawn(Dropped()), (x,), drawn(copy.deepcopy(Plain())), layout=_layout(x))
-
-
-def _dropout() -> Sides:
-    import torch
-
-    rngs = nnx.Rngs(0)
-    ours = _Dropped(linear.Linear(8, 8, rngs=rngs), dropout.Dropout(DROP, rngs=rngs))
-    theirs = torch.nn.Linear(8, 8), torch.nn.Dropout(DROP)
-    return _twice(ours, *theirs, _linear, normal(16, 8, seed=1))
-
-
-def _channel_dropout() -> Sides:
-    import torch
-
-    rngs = nnx.Rngs(0)
-    ours = _Dropped(linear.Conv(8, 8, 1, rngs=rngs), dropout.ChannelDropout(DROP, rngs=rngs))
-    theirs = torch.nn.Conv2d(8, 8, 1), torch.nn.Dropout2d(DROP)
-    return _twice(ours, *theirs, _pointwise, normal(16, 2, 2, 8, seed=1))
-
-
-def _pointwise(layer: "torch.nn.Conv2d", x: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
-    mixed = torch.einsum("nchw,oc->nohw", x, layer.weight[:, :, 0, 0])
-    return mixed + layer.bias[:, None, None]
-
-
-def _kept(x: "Array | torch.Tensor") -> np.ndarray:
-    return np.random.default_rng(5).uniform(size=x.shape) >= DROP
-
-
-def _masked(x: Array) -> Array:
-    return functional.dropout(x, DROP, jnp.asarray(_kept(x)))
-
-
-def _torch_masked(x: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
-    from torch_ref import functional as reference
-
-    return reference.inverted_dropout(x, torch.tensor(_kept(x)).to(x.dtype), DROP)
-
-
-def _plain_masked(x: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
-    return torch.where(torch.tensor(_kept(x)), x / (1 - DROP), 0 * x)
 
 
 def _adaptive(x: "torch.Tensor") -> "torch.Tensor":
@@ -312,7 +233,7 @@ def _norms() -> dict[str, Callable[[], Sides]]:
 def _affine() -> dict[str, Callable[[], Sides]]:
     def dense(x: np.ndarray, dtypes: Dtypes = ()) -> Callable[[], Sides]:
         ours, theirs = lambda: linear.Linear(4, 4, rngs=nnx.Rngs(0)), _torch_nn("Linear", 4, 4)
-        return _layer(ours, theirs, _linear, x, dtypes)
+        return _layer(ours, theirs, affine, x, dtypes)
 
     return {
         "linear": dense(normal(8, 4)),
@@ -370,10 +291,5 @@ def layers() -> dict[str, Callable[[], Sides]]:
             normal(8, 4, offset=0.0),
         ),
         **_pooling(),
-        "dropout": _dropout,
-        "channel dropout": _channel_dropout,
-        "dropout, mask given": function(
-            _masked, _torch_masked, _plain_masked, normal(16, 8, seed=1)
-        ),
         **_losses(),
     }  # fmt: skip

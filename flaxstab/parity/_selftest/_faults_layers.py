@@ -1,18 +1,17 @@
-"""Faults of activations, pooling, dropout and losses."""
+"""Faults of activations, pooling and losses."""
 
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from flaxstab import dropout, functional
+from flaxstab import functional
 from flaxstab._typing import Array
 from flaxstab.functional import _losses
 from flaxstab.parity._selftest._plant import (
     Fault,
     Function,
     Plant,
-    Planted,
     argument,
     replaced,
     result,
@@ -124,61 +123,6 @@ _SHAPES = [
 ]  # fmt: skip
 
 
-def _mask_function(formula: Function) -> Plant:
-    """Plants a formula of (x, mask, p) in the torch twin's dropout with a given mask."""
-
-    def plant() -> Planted:
-        from torch_ref import functional as reference
-
-        return replaced(reference, "inverted_dropout", lambda _: formula)
-
-    return plant
-
-
-def _torch_dropping_always(name: str) -> Plant:
-    def plant() -> Planted:
-        import torch
-
-        def forward(layer: "torch.nn.Dropout", x: "torch.Tensor") -> "torch.Tensor":
-            return torch_functional().dropout(x, layer.p, training=True)
-
-        return replaced(getattr(torch.nn, name), "forward", lambda _: forward)
-
-    return plant
-
-
-_DROPOUT = [
-    Fault(
-        "dropout without scale", "what is kept grows by 1 / (1 - p)", "dropout, mask given",
-        "output",
-        lambda: result(functional, "dropout", lambda y: y * 0.75),
-        _mask_function(lambda x, mask, _: x * mask),
-    ),
-    Fault(
-        "dropout scale 1 % off", "what is kept grows by 1 / (1 - p)", "dropout, mask given",
-        "output",
-        lambda: result(functional, "dropout", lambda y: y * 1.01),
-        _mask_function(lambda x, mask, p: x * (mask * 1.01 / (1 - p))),
-    ),
-    Fault(
-        "mask of what to drop", "true keeps", "dropout, mask given", "output",
-        lambda: argument(functional, "dropout", mask=lambda mask: ~mask),
-        _mask_function(lambda x, mask, p: x * ((1 - mask) / (1 - p))),
-    ),
-    Fault(
-        "dropout in evaluation", "evaluation is the identity", "dropout", "evaluation",
-        lambda: argument(dropout.Dropout, "__call__", deterministic=lambda _: False),
-        _torch_dropping_always("Dropout"),
-    ),
-    Fault(
-        "channel dropout in evaluation", "evaluation is the identity", "channel dropout",
-        "evaluation",
-        lambda: argument(dropout.ChannelDropout, "__call__", deterministic=lambda _: False),
-        _torch_dropping_always("Dropout2d"),
-    ),
-]  # fmt: skip
-
-
 def _among_others(smoothing: float) -> float:
     """The smoothing that gives e / (K - 1) to the other classes and none of e to the label's."""
     return smoothing * 5 / 4  # of the case's K = 5 classes
@@ -229,4 +173,4 @@ _LOSSES = [
     ),
 ]  # fmt: skip
 
-LAYERS = (*_SHAPES, *_DROPOUT, *_LOSSES)
+LAYERS = (*_SHAPES, *_LOSSES)

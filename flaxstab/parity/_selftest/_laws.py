@@ -13,12 +13,14 @@ import numpy as np
 from flax import nnx
 
 from flaxstab import dropout, functional, initializers, linear
-from flaxstab._typing import Initializer
+from flaxstab._typing import Array, Initializer
+from flaxstab.functional import _dropout
 from flaxstab.parity._evidence import Budget, Evidence
 from flaxstab.parity._selftest._cases import DROP
 from flaxstab.parity._selftest._plant import (
     Fault,
     Function,
+    Plant,
     Planted,
     argument,
     replaced,
@@ -124,20 +126,63 @@ def _rows() -> Law:
     return Law(ours, theirs, IsNormal(0.0, 1.0, discrepancy=_ONE_PERCENT))
 
 
-def _dropped(calls: int, statistic: Callable[..., np.ndarray], claim: HasMean) -> Law:
+def _dropped(
+    calls: int, statistic: Callable[..., np.ndarray], claim: HasMean, size: int = 1
+) -> Law:
     """Builds the case of a statistic of what dropout makes of ones in some calls."""
 
     def ours(n: int, seed: int) -> np.ndarray:
         layer = dropout.Dropout(DROP, rngs=nnx.Rngs(seed))
-        return statistic(*(np.asarray(layer(jnp.ones(n))) for _ in range(calls)))
+        return statistic(*(np.asarray(layer(jnp.ones(size * n))) for _ in range(calls)))
 
     def theirs(n: int, _: int) -> np.ndarray:
         import torch
 
         layer = torch.nn.Dropout(DROP)
-        return statistic(*(layer(torch.ones(n)).numpy() for _ in range(calls)))
+        return statistic(*(layer(torch.ones(size * n)).numpy() for _ in range(calls)))
 
     return Law(ours, theirs, claim)
+
+
+def _two_alike(
+    ours: type[dropout.DropPath | dropout.RecurrentDropout], shape: tuple[int, ...]
+) -> Law:
+    """Builds the case of a layer by which two elements of a sample drop together."""
+
+    def both(y: np.ndarray) -> np.ndarray:
+        return (y.reshape(-1, 2) == 0).all(1)
+
+    def draw(n: int, seed: int) -> np.ndarray:
+        y = ours(DROP, rngs=nnx.Rngs(seed))(jnp.ones((n, *shape)))
+        return both(np.asarray(y))
+
+    def theirs(n: int, _: int) -> np.ndarray:
+        import torch
+
+        from torch_ref import dropout as reference
+
+        layer = getattr(reference, ours.__name__)(DROP)
+        return both(layer(torch.ones(n, *shape)).numpy())
+
+    return Law(draw, theirs, HasMean(DROP, discrepancy=_ONE_PERCENT))
+
+
+def _alpha() -> Law:
+    """The square of what alpha dropout makes of numbers 1 and -1: their variance is 1."""
+
+    def signs(n: int, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).choice([-1.0, 1.0], n).astype(np.float32)
+
+    def ours(n: int, seed: int) -> np.ndarray:
+        layer = dropout.AlphaDropout(DROP, rngs=nnx.Rngs(seed))
+        return np.square(np.asarray(layer(jnp.asarray(signs(n, seed)))))
+
+    def theirs(n: int, seed: int) -> np.ndarray:
+        import torch
+
+        return torch.nn.AlphaDropout(DROP)(torch.tensor(signs(n, seed))).numpy() ** 2
+
+    return Law(ours, theirs, HasMean(1.0, low=0.0, high=4.0, discrepancy=2 * _ONE_PERCENT))
 
 
 def laws() -> dict[str, Callable[[], Law]]:
@@ -158,6 +203,15 @@ def laws() -> dict[str, Callable[[], Law]]:
         "mean behind dropout": lambda: _dropped(
             1, lambda y: y, HasMean(1.0, low=0.0, high=most, discrepancy=_ONE_PERCENT)
         ),
+        "neighbours in a mask": lambda: _dropped(
+            1,
+            lambda y: (y[::2] == 0) == (y[1::2] == 0),
+            HasMean(same, discrepancy=_ONE_PERCENT),
+            size=2,
+        ),
+        "elements of a sample": lambda: _two_alike(dropout.DropPath, (2,)),
+        "steps of a sequence": lambda: _two_alike(dropout.RecurrentDropout, (2, 1)),
+        "variance behind alpha dropout": _alpha,
     }
 
 
@@ -228,6 +282,36 @@ def _torch_repeated(original: Function) -> Function:
     return faulty
 
 
+def _shared(mask: Function) -> Function:
+    """Gives every second element the fate of the one before it."""
+
+    def faulty(key: Array, p: float, shape: tuple[int, ...]) -> Array:
+        return jnp.repeat(mask(key, p, (shape[0] // 2,)), 2)
+
+    return faulty
+
+
+def _torch_shared(original: Function) -> Function:
+    def faulty(layer: "torch.nn.Dropout", x: "torch.Tensor") -> "torch.Tensor":
+        return original(layer, x[::2]).repeat_interleave(2)
+
+    return faulty
+
+
+def _torch_elements(name: str) -> Plant:
+    """Makes a layer of the torch twin drop elements."""
+
+    def plant() -> Planted:
+        from torch_ref import dropout as reference
+
+        def forward(layer: "torch.nn.Module", x: "torch.Tensor") -> "torch.Tensor":
+            return torch_functional().dropout(x, layer.p, layer.training)
+
+        return replaced(getattr(reference, name), "forward", lambda _: forward)
+
+    return plant
+
+
 def _more(p: float) -> float:
     return p * (1 + _ONE_PERCENT)
 
@@ -258,17 +342,39 @@ LAWS = (
     ),
     Fault(
         "drop rate 1 % off", "p is the probability of dropping", "drop rate", "law",
-        lambda: argument(functional, "dropout_mask", p=_more),
+        lambda: argument(_dropout, "dropout_mask", p=_more),
         lambda: argument(torch_functional(), "dropout", p=_more),
     ),
     Fault(
         "repeated mask", "every call draws a mask", "masks of two calls", "law",
-        lambda: argument(functional, "dropout_mask", key=lambda _: jax.random.key(3)),
+        lambda: argument(_dropout, "dropout_mask", key=lambda _: jax.random.key(3)),
         lambda: _torch_dropout(_torch_repeated),
     ),
     Fault(
         "mean 1 % off behind dropout", "dropout keeps the mean", "mean behind dropout", "law",
-        lambda: result(functional, "dropout", lambda y: y * (1 - _ONE_PERCENT)),
+        lambda: result(_dropout, "dropout", lambda y: y * (1 - _ONE_PERCENT)),
         lambda: result(torch_functional(), "dropout", lambda y: y * (1 - _ONE_PERCENT)),
+    ),
+    Fault(
+        "two elements dropped as one", "elements are dropped independently",
+        "neighbours in a mask", "law",
+        lambda: replaced(_dropout, "dropout_mask", _shared),
+        lambda: _torch_dropout(_torch_shared),
+    ),
+    Fault(
+        "drop path of elements", "drop path drops whole samples", "elements of a sample", "law",
+        lambda: argument(functional, "random_dropout", shape=lambda _: None),
+        _torch_elements("DropPath"),
+    ),
+    Fault(
+        "a mask for every step", "a sequence has one mask", "steps of a sequence", "law",
+        lambda: argument(functional, "random_dropout", shape=lambda _: None),
+        _torch_elements("RecurrentDropout"),
+    ),
+    Fault(
+        "variance 2 % off", "alpha dropout keeps the variance", "variance behind alpha dropout",
+        "law",
+        lambda: result(_dropout, "alpha_dropout", lambda y: y * (1 - _ONE_PERCENT)),
+        lambda: result(torch_functional(), "alpha_dropout", lambda y: y * (1 - _ONE_PERCENT)),
     ),
 )  # fmt: skip
