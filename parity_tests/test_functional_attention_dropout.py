@@ -11,6 +11,7 @@ from flaxstab.parity import Budget, HasMean
 from parity_tests.support.cases import values
 
 P = 0.3
+S = 256  # XLA's CPU compiler takes ten times as long for a mask with short rows
 
 
 def uniform(shape: tuple[int, ...], p: float, key: jax.Array, **options: object) -> jax.Array:
@@ -25,16 +26,16 @@ def test_the_mask_for_replay_is_the_one_that_the_blocks_draw(
 ) -> None:
     """Two blocks and a rest."""
     monkeypatch.setattr(_attention, "ROWS", 3)
-    key, shape = jax.random.key(1), (2, 3, 7, 11)
+    key, shape = jax.random.key(1), (2, 3, 7, S)
     weights = np.asarray(jax.jit(lambda key: uniform(shape, P, key, open_keys=2))(key))
     kept = np.asarray(jax.jit(lambda k: functional.attention_dropout_mask(k, P, shape))(key))
-    # 1/11 each, scaled by 1 / (1 - p); the probabilities of a query no longer sum to 1.
-    np.testing.assert_allclose(weights, kept * np.float32(1 / 11 / (1 - P)), rtol=4e-7)
+    # 1/S each, scaled by 1 / (1 - p); the probabilities of a query no longer sum to 1.
+    np.testing.assert_allclose(weights, kept * np.float32(1 / S / (1 - P)), rtol=4e-7)
 
 
 def test_the_output_is_made_of_the_probabilities_that_are_returned() -> None:
     """With a key: both functions draw alike."""
-    shapes = (2, 5, 3, 4), (2, 6, 3, 4), (2, 6, 3, 4)
+    shapes = (2, 5, 3, 4), (2, S, 3, 4), (2, S, 3, 4)
     q, k, v = (jnp.asarray(values(*s, seed=i), jnp.float32) for i, s in enumerate(shapes))
     options = {"p": P, "dropout_key": jax.random.key(1)}
 
@@ -45,8 +46,7 @@ def test_the_output_is_made_of_the_probabilities_that_are_returned() -> None:
     alone, (output, weights) = run(q, k, v)
     np.testing.assert_array_equal(alone, output)
     mixed = np.einsum("nhqk,nkhe->nqhe", np.asarray(weights, float), np.asarray(v, float))
-    # 6 terms of at most 1 eps each.
-    assert np.abs(output - mixed).max() <= 8 * np.finfo(np.float32).eps * np.abs(mixed).max()
+    assert np.abs(output - mixed).max() <= S * np.finfo(np.float32).eps * np.abs(mixed).max()
 
 
 def test_dropout_falls_on_each_probability_by_itself(budget: Budget) -> None:
@@ -68,9 +68,9 @@ def test_dropout_falls_on_each_probability_by_itself(budget: Budget) -> None:
 
 
 def test_probabilities_0_and_1_drop_nothing_and_everything() -> None:
-    key, shape = jax.random.key(0), (1, 2, 3, 4)
+    key, shape = jax.random.key(0), (1, 2, 3, S)
     nothing, everything = jax.jit(lambda key: [uniform(shape, p, key) for p in (0.0, 1.0)])(key)
-    assert (nothing == 0.25).all()
+    assert (nothing == 1 / S).all()
     assert (everything == 0).all()
 
 
@@ -79,14 +79,14 @@ def test_masks_are_the_same_on_eight_devices(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_attention, "ROWS", 4)
     mesh = jax.make_mesh((4, 2), ("n", "h"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec("n", None, "h")
-    x = jnp.asarray(values(8, 8, 4, 4, scale=0.3), jnp.float32)
+    q, k = (jnp.asarray(values(8, n, 4, 4, scale=0.3), jnp.float32) for n in (8, S))
 
-    def run(x: jax.Array, key: jax.Array) -> jax.Array:
-        return functional.attention_weights(x, x, x, p=0.5, dropout_key=key)[1]
+    def run(q: jax.Array, k: jax.Array, key: jax.Array) -> jax.Array:
+        return functional.attention_weights(q, k, k, p=0.5, dropout_key=key)[1]
 
     key = jax.random.key(3)
     sharding = jax.sharding.NamedSharding(mesh, spec)
-    spread = jax.jit(run)(jax.device_put(x, sharding), key)
+    spread = jax.jit(run)(*jax.device_put((q, k), sharding), key)
     expected = functional.attention_dropout_mask(key, 0.5, spread.shape)
     np.testing.assert_array_equal(spread != 0, expected)
     assert len(spread.sharding.device_set) == 8
