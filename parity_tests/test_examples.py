@@ -23,7 +23,6 @@ import _data
 import _jax_side
 import _output
 import _plan
-import decay_matters
 import small_batch
 import stable_block
 import variance_propagation
@@ -37,7 +36,7 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> _data.Cifar10:
     whole = _data.load_small()
     parts = [array[::52] if i < 2 else array[::20] for i, array in enumerate(whole)]
     data = _data.Cifar10(*parts)
-    for module in (stable_block, small_batch, decay_matters):
+    for module in (stable_block, small_batch):
         monkeypatch.setattr(module, "load_small", lambda: data)
     return data
 
@@ -141,7 +140,6 @@ def test_bad_options_give_one_line_and_exit_code_2(
     [
         (small_batch, ["--samples", "10"], "must be a whole number from 64 to 5000, got 10"),
         (small_batch, ["--seed", "-1"], "must be a whole number from 0 to"),
-        (decay_matters, ["--norm", "none"], "invalid choice: 'none'"),
         (variance_propagation, ["--seeds", "x"], "must be a whole number from 1 to 1000, got x"),
         (variance_propagation, ["--output", "/proc/x"], "--output must be a folder that can be"),
     ],
@@ -368,34 +366,3 @@ def test_the_small_batch_example_trains_prints_and_draws(
     assert small_batch.main(["--samples", "64", "--output", str(tmp_path)]) == 0
     assert "25.0%" in capsys.readouterr().out
     assert (tmp_path / "small_batch.png").exists()
-
-
-@pytest.mark.usefixtures("small_data")
-def test_decay_shrinks_norm_scales_where_no_mask_exempts_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plans, courses, draw = {}, {}, decay_matters.draw
-
-    def watched(*drawn: dict[object, object]) -> object:
-        for kept, given in zip((plans, courses), drawn, strict=True):
-            kept.update(given)
-        return draw(*drawn)
-
-    monkeypatch.setattr(decay_matters, "draw", watched)
-    monkeypatch.setattr(decay_matters, "DECAYS", (0.5,))
-    monkeypatch.setattr(decay_matters, "SIZES", {"widths": (4,), "groups": 2})
-    arguments = ["--samples", "96", "--epochs", "4", "--output", str(tmp_path)]
-    assert decay_matters.main(arguments) == 0
-    assert (tmp_path / "decay_matters.png").exists()
-    assert "without the mask the scales are" in capsys.readouterr().out
-    left = decay_matters.decay_alone(plans[0.5])
-    rates = [0.5 * plan * 3e-3 for plan in (0, 1)]  # a climb of one step, then a cosine
-    assert left[:2].tolist() == pytest.approx(np.cumprod(1 - np.array(rates)), abs=1e-7)
-    means = {name: run.scales[-1, 0] for (_, name), run in courses.items()}
-    assert means["everything"] < means["weights"]
-    weights = {name: run.weights[-1] for (_, name), run in courses.items()}
-    assert weights["L2"] < min(weights["everything"], weights["weights"])
-    # The loss moves the scales a little differently: by less than a tenth of what decay takes.
-    gap = abs(means["everything"] / means["weights"] - left[-1])
-    assert gap < 0.1 * (1 - left[-1])
-    assert len(courses[0.5, "L2"].accuracies) == 4
