@@ -1,5 +1,6 @@
 """Every convolutional block beside its twin: training, gradients, statistics, evaluation."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from parity_tests.support.block_twins import (
     Outcome,
     Pair,
     assert_outcome,
+    built,
     drawn,
     our_outcomes,
     torch_outcome,
@@ -95,6 +97,7 @@ PAIRS = {
         pair("PreActResBlock", 4, 4, 2), norm=ONE,
         twin={"norm1": T.GroupNorm(1, 4), "norm2": T.GroupNorm(1, 4)},
     ),
+    "pre-act bottleneck dropping": pair("PreActBottleneck", 4, 2, 2, 0.3),
     "pre-act bottleneck same": pair("PreActBottleneck", 4, 1),
     "pre-act bottleneck both": pair("PreActBottleneck", 4, 2, 2),
     "pre-act bottleneck raw": pair("PreActBottleneck", 4, 2, 2, projects="raw"),
@@ -102,7 +105,6 @@ PAIRS = {
     "conv over two axes": conv((3, 1), 1, (3, 5, 4, 4), T.BatchNorm2d(6)),
     "conv over three axes": conv((3, 1, 3), 2, (3, 3, 4, 2, 4), T.BatchNorm3d(6)),
 }  # fmt: skip
-each_pair = pytest.mark.parametrize("name", PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -111,48 +113,53 @@ def twins() -> dict[str, T.Module]:
 
 
 @pytest.fixture(scope="module")
-def ours(twins: dict[str, T.Module]) -> dict[str, Outcome]:
-    return our_outcomes(PAIRS, twins)
+def ours(twins: dict[str, T.Module]) -> dict[str, nnx.Module]:
+    return built(PAIRS, twins)
 
 
-@each_pair
-def test_a_block_is_its_twin(
-    name: str, ours: dict[str, Outcome], twins: dict[str, T.Module]
+@pytest.fixture(scope="module")
+def outcomes(ours: dict[str, nnx.Module]) -> dict[str, Outcome]:
+    return our_outcomes(PAIRS, ours)
+
+
+@pytest.fixture
+def assert_twin(
+    outcomes: dict[str, Outcome], ours: dict[str, nnx.Module], twins: dict[str, T.Module]
+) -> Callable[..., None]:
+    """Compares a block with its twin, or with one that has been changed."""
+
+    def compare(name: str, change: Callable[[T.Module], object] = lambda _: None) -> None:
+        twin = copy.deepcopy(twins[name])
+        change(twin)
+        assert_outcome(outcomes[name], torch_outcome(PAIRS[name], twin, ours[name]))
+
+    return compare
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_block_is_its_twin(name: str, assert_twin: Callable[..., None]) -> None:
+    assert_twin(name)
+
+
+FAULTS: dict[str, tuple[str, Callable[[T.Module], object]]] = {
+    "projects": ("pre-act both", lambda twin: setattr(twin, "projects", "activated")),
+    "projects not": ("pre-act activated", lambda twin: setattr(twin, "projects", "raw")),
+    "momentum": ("basic same", lambda twin: setattr(twin.bn1, "momentum", 0.1 * (1 + 1e-11))),
+    "eps": ("bottleneck same", lambda twin: setattr(twin.bn2, "eps", 1.001e-5)),
+    "scale": ("basic scaled", lambda twin: setattr(twin.add, "scale", 0.1 * (1 + 1e-11))),
+    "gamma": ("pre-act scaled", lambda twin: T.init.ones_(twin.add.gamma)),
+    "approximate GELU": (
+        "pre-act batch norm and GELU",
+        lambda twin: setattr(twin, "act", T.GELU(approximate="tanh")),
+    ),
+    "activation": ("bottleneck both", lambda twin: setattr(twin, "relu", T.LeakyReLU(1e-11))),
+    "order": ("conv over one axis", lambda twin: twin.append(twin.pop(1))),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_found(
+    name: str, change: Callable[[T.Module], object], assert_twin: Callable[..., None]
 ) -> None:
-    assert_outcome(ours[name], torch_outcome(PAIRS[name], twins[name]))
-
-
-def test_other_places_of_the_projection_are_found(
-    ours: dict[str, Outcome], twins: dict[str, T.Module]
-) -> None:
-    for name, other in (("pre-act both", "activated"), ("pre-act activated", "raw")):
-        twin = torch.nn.Module.train(twins[name])
-        fault = drawn(PAIRS[name])
-        fault.load_state_dict(twin.state_dict())
-        fault.projects = other
-        with pytest.raises(AssertionError, match="is above the bound"):
-            assert_outcome(ours[name], torch_outcome(PAIRS[name], fault))
-
-
-@pytest.mark.parametrize(
-    ("name", "at"), [("basic same", "bn1"), ("pre-act bottleneck same", "norm3")]
-)
-def test_another_momentum_is_found(
-    name: str, at: str, ours: dict[str, Outcome], twins: dict[str, T.Module]
-) -> None:
-    fault = drawn(PAIRS[name])
-    fault.load_state_dict(twins[name].state_dict())
-    getattr(fault, at).momentum = 0.1 * (1 + 1e-11)
     with pytest.raises(AssertionError, match="is above the bound"):
-        assert_outcome(ours[name], torch_outcome(PAIRS[name], fault))
-
-
-@pytest.mark.parametrize("scale", [0.1 * (1 + 1e-11), 1.0])
-def test_another_scale_is_found(
-    scale: float, ours: dict[str, Outcome], twins: dict[str, T.Module]
-) -> None:
-    fault = drawn(PAIRS["basic scaled"])
-    fault.load_state_dict(twins["basic scaled"].state_dict())
-    fault.add.scale = scale
-    with pytest.raises(AssertionError, match="is above the bound"):
-        assert_outcome(ours["basic scaled"], torch_outcome(PAIRS["basic scaled"], fault))
+        assert_twin(name, change)

@@ -127,8 +127,9 @@ class ResNet(nnx.Module):
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from flaxstab import models
-      >>> model = models.resnet18(10, stem="cifar", rngs=nnx.Rngs(0))
-      >>> model(jnp.ones((2, 32, 32, 3))).shape
+      >>> build = lambda: models.resnet18(10, stem="cifar", rngs=nnx.Rngs(0))
+      >>> model, x = nnx.eval_shape(build), jnp.ones((2, 32, 32, 3))
+      >>> nnx.eval_shape(lambda model, x: model(x), model, x).shape
       (2, 10)
 
     Reference:

@@ -113,12 +113,12 @@ class Chain(nnx.List[nnx.Module]):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from flaxstab import blocks
+      >>> from flaxstab import linear
       >>> rngs = nnx.Rngs(0)
-      >>> first = blocks.BasicBlock(4, 8, rngs=rngs)
-      >>> chain = Chain([first, *(blocks.BasicBlock(8, 8, rngs=rngs) for _ in range(3))], scan=True)
-      >>> [type(part).__name__ for part in chain], chain(jnp.ones((2, 5, 5, 4))).shape
-      (['BasicBlock', 'Stack'], (2, 5, 5, 8))
+      >>> first = linear.Linear(4, 8, rngs=rngs)
+      >>> chain = Chain([first, *(linear.Linear(8, 8, rngs=rngs) for _ in range(3))], scan=True)
+      >>> [type(part).__name__ for part in chain], chain(jnp.ones((2, 4))).shape
+      (['Linear', 'Stack'], (2, 8))
     """
 
     def __init__(
@@ -170,9 +170,10 @@ def stacked(model: M, *, unroll: int = 1) -> M:
     Example:
       >>> from flax import nnx
       >>> from flaxstab import models
-      >>> model = models.resnet18(10, stem="cifar", rngs=nnx.Rngs(0))
-      >>> len(model.layer1), len(models.stacked(model).layer1)
-      (2, 1)
+      >>> size = models.ResNetSize(block="basic", layers=(3,), width=2)
+      >>> model = models.ResNet(size, 10, rngs=nnx.Rngs(0))
+      >>> len(model.layer1), models.stacked(model).layer1[0].length
+      (3, 3)
     """
     return _rebuilt(model, scan=True, unroll=unroll)
 
@@ -186,9 +187,10 @@ def unstacked(model: M) -> M:
     Example:
       >>> from flax import nnx
       >>> from flaxstab import interop, models
-      >>> model = models.resnet18(10, stem="cifar", scan=True, rngs=nnx.Rngs(0))
-      >>> sum(array.size for array in interop.state_dict(models.unstacked(model)).values())
-      11183582
+      >>> size = models.ResNetSize(block="basic", layers=(3,), width=2)
+      >>> model = models.ResNet(size, 10, scan=True, rngs=nnx.Rngs(0))
+      >>> [name for name in interop.state_dict(models.unstacked(model)) if "conv2" in name]
+      ['layer1.0.conv2.weight', 'layer1.1.conv2.weight', 'layer1.2.conv2.weight']
     """
     return _rebuilt(model, scan=False, unroll=1)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flaxstab import interop
+from flaxstab import interop, parity
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same, channels_first, channels_last
 
@@ -64,9 +64,14 @@ def batch(pair: Pair, step: int) -> np.ndarray:
     return values(*pair.shape, seed=step, offset=1.0 + step / 4)
 
 
-def torch_outcome(pair: Pair, module: torch.nn.Module) -> Outcome:
-    """Runs a copy of a twin."""
+def torch_outcome(pair: Pair, module: torch.nn.Module, block: nnx.Module) -> Outcome:
+    """Runs a copy of a twin, which drops what the block will drop."""
     module = copy.deepcopy(module).train()
+    with parity.replayed(block, module, "image"):
+        return _torch_outcome(pair, module)
+
+
+def _torch_outcome(pair: Pair, module: torch.nn.Module) -> Outcome:
     statistics: list[dict[str, np.ndarray]] = []
     for step in range(1, STEPS[-1] + 1):
         x = torch.tensor(batch(pair, step), requires_grad=step == 1)
@@ -83,18 +88,24 @@ def torch_outcome(pair: Pair, module: torch.nn.Module) -> Outcome:
     return Outcome(output, {n: g.numpy() for n, g in gradients.items()}, statistics, evaluation)
 
 
-def our_outcomes(
+def built(
     pairs: Mapping[str, Pair], modules: Mapping[str, torch.nn.Module]
-) -> dict[str, Outcome]:
-    """Runs every block from its twin's weights: one program for training, one for evaluation."""
+) -> dict[str, nnx.Module]:
+    """Returns the blocks in float64 with their twins' weights."""
     with jax.enable_x64(True):
-        built = nnx.List([pair.ours(param_dtype="float64", rngs=nnx.Rngs(0))
-                          for pair in pairs.values()])  # fmt: skip
-        for block, name in zip(built, pairs, strict=True):
+        blocks = {n: p.ours(param_dtype="float64", rngs=nnx.Rngs(0)) for n, p in pairs.items()}
+        for name, block in blocks.items():
             interop.load_state_dict(block, modules[name].state_dict())
+    return blocks
+
+
+def our_outcomes(pairs: Mapping[str, Pair], blocks: Mapping[str, nnx.Module]) -> dict[str, Outcome]:
+    """Runs every block, unchanged: one program for training, one for evaluation."""
+    with jax.enable_x64(True):
+        whole = nnx.List(list(blocks.values()))
         batches = [[jnp.asarray(batch(p, step)) for p in pairs.values()]
                    for step in range(STEPS[-1] + 1)]  # fmt: skip
-        graph, params, rest = nnx.split(built, nnx.Param, ...)
+        graph, params, rest = nnx.split(whole, nnx.Param, ...)
 
         @partial(jax.jit, compiler_options=QUICKLY)
         def train(rest: nnx.State, xs: list[jax.Array]) -> tuple[object, ...]:
@@ -112,17 +123,16 @@ def our_outcomes(
             first, rest = first or found, found[-1]
             if step in STEPS:
                 statistics.append(rest)
-        built.eval()
-        graph = nnx.graphdef(built)
-        evaluated = jax.jit(
-            lambda rest, xs: [
-                b(x) for b, x in zip(nnx.merge(graph, params, rest), xs, strict=True)
-            ],
+        after = nnx.merge(graph, params, rest)
+        after.eval()
+        evaluate = jax.jit(
+            lambda xs: [1 * block(x) for block, x in zip(after, xs, strict=True)],
             compiler_options=QUICKLY,
-        )(rest, batches[0])
+        )
+        evaluated = evaluate(batches[0])
     outputs, gradients, inputs, _ = first
     result = {}
-    for number, (name, block) in enumerate(zip(pairs, built, strict=True)):
+    for number, (name, block) in enumerate(blocks.items()):
         naming = interop.Naming(block)
         result[name] = Outcome(
             np.asarray(outputs[number]),
