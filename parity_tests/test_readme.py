@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
-from flaxstab import interop
+from flaxstab import blocks, interop, models, recipes
 from flaxstab.surgery import _residual
 from parity_tests.support.torch_bits import assert_same_bits, same_processor
 from torch_ref.blocks import BasicBlock
@@ -29,6 +32,25 @@ def test_the_example_works_when_pasted() -> None:
     names: dict[str, object] = {}
     exec(code, names)  # noqa: S102
     assert int(names["model"].norm.count[...]) == 1
+
+
+def test_the_blocks_and_models_can_be_built_when_pasted() -> None:
+    """Of shapes alone."""
+    (code,) = (
+        code
+        for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+        if "models.resnet50" in code
+    )
+    names = {"nnx": nnx, "blocks": blocks, "models": models, "recipes": recipes}
+
+    def run(x: jax.Array, padding: jax.Array) -> dict[str, object]:
+        exec(code, names, found := {"x": x, "padding": padding})  # noqa: S102
+        return {name: found[name] for name in ("y", "net", "lm")}
+
+    made = nnx.eval_shape(run, jnp.ones((2, 5, 64)), jnp.zeros((2, 5), bool))
+    assert made["y"].shape == (2, 5, 64)
+    assert made["net"].fc.out_features == 10
+    assert made["lm"].blocks[0].length == 12
 
 
 @pytest.mark.parametrize("marker", ["<!-- main job -->", "<!-- tests -->"])
