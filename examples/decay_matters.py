@@ -36,7 +36,7 @@ TITLES = {"L2": "Adam with L2", "everything": "AdamW, no mask", "weights": "Adam
 
 def adam_with_l2(_: nnx.Module, rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
     """Returns ``torch.optim.Adam(weight_decay=decay)``: the decay passes through the moments."""
-    return optax.chain(optax.add_decayed_weights(decay), optim.adamw(rate, weight_decay=0.0))
+    return optim.adam(rate, weight_decay=decay)
 
 
 def adamw_on_everything(
