@@ -16,6 +16,7 @@ from flaxstab._typing import Array
 from flaxstab.functional import _dropout, _masks
 from flaxstab.parity import Budget, HasMean
 from parity_tests.support.contracts import steps
+from parity_tests.support.hashes import hashes
 from parity_tests.support.random_checks import divided
 
 KEY = jax.random.key(0)
@@ -84,7 +85,7 @@ def by_hand(key: Array, threshold: int, bits: int, shape: tuple[int, ...]) -> np
     return kept
 
 
-SHAPES = [(), (1,), (7,), (8,), (4, 8), (4, 3), (3, 5), (2, 8, 3), (2, 5, 12), (3, 4, 8, 2), (0, 4)]
+SHAPES = [(), (7,), (4, 8), (4, 3), (2, 8, 3), (2, 5, 12), (3, 4, 8, 2), (0, 4)]
 
 
 def test_neighbours_share_a_hash_and_each_bit_is_used_once() -> None:
@@ -117,17 +118,6 @@ def test_axes_of_size_1_do_not_change_a_mask() -> None:
         np.testing.assert_array_equal(
             functional.dropout_mask(KEY, 0.5, shape).reshape(6, 20), plain
         )
-
-
-def hashes(f: object, *args: Array) -> int:
-    """Counts the hashes of a program: keys and numbers that it draws."""
-    count = 0
-    for step in steps(jax.make_jaxpr(f)(*args)):
-        if step.primitive.name == "random_split":
-            count += math.prod(step.params["shape"])
-        elif step.primitive.name in ("random_bits", "random_fold_in"):
-            count += step.outvars[0].aval.size
-    return count
 
 
 @pytest.mark.parametrize(
@@ -185,7 +175,8 @@ def test_masks_of_many_keys_are_drawn_at_once() -> None:
     def draw(key: Array) -> Array:
         return functional.dropout_mask(key, 0.5, (5, 20))
 
-    keys = [jax.random.split(jax.random.key(1, impl=impl), 3) for impl in IMPLEMENTATIONS]
+    implementations = ("threefry2x32", "unsafe_rbg", "philox2x32")
+    keys = [jax.random.split(jax.random.key(1, impl=impl), 3) for impl in implementations]
     for together in jax.jit(lambda keys: [(jax.vmap(draw)(k), draw(k[1])) for k in keys])(keys):
         np.testing.assert_array_equal(together[0][1], together[1])
         assert len({mask.tobytes() for mask in np.asarray(together[0])}) == 3

@@ -136,7 +136,7 @@ def loop(cell: RecurrentDropoutCell, mask: Array) -> Array:
     return jnp.stack(outputs, 1)
 
 
-@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("kind", ["optimized LSTM", "GRU"])  # a carry of two arrays, and of one
 def test_every_step_of_a_sequence_has_one_mask_and_every_sequence_its_own(kind: str) -> None:
     cell, twin = dropped(kind), RecurrentDropout(P, rngs=nnx.Rngs(dropout=1))
     outputs = []

@@ -49,11 +49,11 @@ def dropout_mask(key: Array, p: float, shape: Shape) -> Bool[Array, "..."]:
     check_probability(p=p)
     if p in (0, 1) or 0 in shape:
         return jnp.full(shape, p < 1)
-    bits = 16
-    threshold = round((1 - p) * 2**bits)
+    bits, keep = 16, 1 - float(p)
+    threshold = round(keep * 2**bits)
     if not 0 < threshold < 2**bits:
         bits = 32
-        threshold = min(max(round((1 - p) * 2**bits), 1), 2**bits - 1)
+        threshold = min(max(round(keep * 2**bits), 1), 2**bits - 1)
     return draw_mask(key, threshold, bits, tuple(shape))
 
 
