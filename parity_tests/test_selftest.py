@@ -60,7 +60,7 @@ def _owners() -> list[object]:
     names += ["torch_ref.dropout"]
     names += ["jax.nn", "flax.nnx", "optax", "torch.nn", "torch.nn.functional", "torch.nn.init"]
     names += ["torch.nn.modules.batchnorm", "torch.nn.utils", "torch.nn.utils.clip_grad"]
-    names += ["torch.optim", "torch.optim.adam", "torch.optim.lr_scheduler"]
+    names += ["torch.optim", "torch.optim.adam", "torch.optim.sgd", "torch.optim.lr_scheduler"]
     modules = [import_module(name) for name in names]
     classes = [c for m in modules for c in vars(m).values() if isinstance(c, type)]
     return [*modules, *dict.fromkeys(classes)]

@@ -182,7 +182,7 @@ def adam(
 
 
 def _adam(
-    options: Options, betas: tuple[float, float], eps: float, amsgrad: bool
+    options: Options, betas: tuple[float | Array, float | Array], eps: float, amsgrad: bool
 ) -> optax.GradientTransformationExtraArgs:
     check_hypers(
         "learning_rate, eps and weight_decay must be finite and at least 0",
@@ -205,8 +205,9 @@ def _terms(hypers: _Hypers, rate: Array, step: Array, wide: DTypeLike) -> _Terms
     t, rates = jnp.asarray(step, wide), (hypers.first, hypers.second)
     # 1 - beta**t, without the cancellation (test_bias_correction_does_not_cancel).
     first, second = (-jnp.expm1(t * jnp.asarray(decay.log, wide)) for decay in rates)
-    weights = [jnp.asarray(n, wide) for decay in rates for n in decay[:2]]
-    return _Terms(rate / first, *weights, jnp.sqrt(second), jnp.asarray(hypers.eps, wide))
+    m, m_rest, v, v_rest = (jnp.asarray(n, wide) for decay in rates for n in decay[:2])
+    eps = jnp.asarray(hypers.eps, wide)
+    return _Terms(rate / first, m, m_rest, v, v_rest, jnp.sqrt(second), eps)
 
 
 def _step(

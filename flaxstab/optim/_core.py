@@ -150,14 +150,14 @@ def _scalars_by(
 ) -> Callable[[Array, DTypeLike], Scalars]:
     """Returns what makes the scalars of a step in a dtype, once for all leaves that share them."""
     rate, decay = (at(hyper, count) for hyper in (options.learning_rate, options.weight_decay))
-    made: dict[tuple[int, str], Scalars] = {}
+    made: dict[tuple[int, str], tuple[Array, Scalars]] = {}  # the step is held: its id is a key
 
     def scalars(step: Array, wide: DTypeLike) -> Scalars:
         key = id(step), str(wide)
         if key not in made:
             numbers = jnp.asarray(rate, wide), jnp.asarray(decay, wide)
-            made[key] = Scalars(*numbers, parts.terms(numbers[0], step, wide))
-        return made[key]
+            made[key] = step, Scalars(*numbers, parts.terms(numbers[0], step, wide))
+        return made[key][1]
 
     return scalars
 

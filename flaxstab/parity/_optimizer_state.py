@@ -42,7 +42,7 @@ def jax_state(state: PyTree, named: Callable[[PyTree], Mapping[str, PyTree]]) ->
             if getattr(node, field) is not None:
                 names = named(getattr(node, field))
                 found |= {f"{key} {name}": array for name, array in names.items()}
-        if hasattr(node, "count") and not isinstance(node, optim.SgdState):  # torch's counts none
+        if {"count", "mu"} <= {*node._fields}:  # torch's SGD counts no steps
             steps = named(steps_like_moments(node))
             found |= {f"step {name}": jnp.max(array) for name, array in steps.items()}
     return found

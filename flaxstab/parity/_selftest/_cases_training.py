@@ -24,6 +24,7 @@ PEAK = 0.01
 WARMUP, TOTAL = 4, 12
 DECAY = 0.05
 MAX_NORM = 1.0
+MOMENTUM, DAMPENING = 0.9, 0.3
 
 
 def _params() -> tuple[np.ndarray, ...]:
@@ -48,6 +49,41 @@ def _adamw(*, amsgrad: bool = False) -> Callable[[], Sides]:
 def _new_adamw() -> Sides:
     """AdamW on a bias that starts at 0, where float32 keeps an update's digits."""
     return _adamw()()._replace(inputs=(np.zeros(5),), dtypes=(np.float32,))
+
+
+def _adam() -> Sides:
+    """Adam with every option that AdamW's cases leave out."""
+    import torch
+
+    return Sides(
+        optim.adam(PEAK, weight_decay=DECAY, amsgrad=True, maximize=True),
+        lambda params: torch.optim.Adam(
+            params, lr=PEAK, weight_decay=DECAY, amsgrad=True, maximize=True
+        ),
+        _params(),
+        lambda params: plain.adam(params, PEAK, DECAY),
+    )
+
+
+def _sgd(
+    *, dampening: float = 0.0, nesterov: bool = False, maximize: bool = False
+) -> Callable[[], Sides]:
+    def theirs(params: "list[torch.nn.Parameter]") -> "torch.optim.Optimizer":
+        import torch
+
+        return torch.optim.SGD(
+            params, PEAK, MOMENTUM, dampening, DECAY, nesterov, maximize=maximize
+        )
+
+    return lambda: Sides(
+        optim.sgd(PEAK, MOMENTUM, dampening, DECAY, nesterov, maximize),
+        theirs,
+        _params(),
+        lambda params: plain.sgd(
+            params, PEAK, MOMENTUM, DECAY,
+            dampening=dampening, nesterov=nesterov, maximize=maximize,
+        ),
+    )  # fmt: skip
 
 
 def _groups(params: "list[torch.nn.Parameter]") -> "list[dict[str, object]]":
@@ -209,6 +245,9 @@ def training() -> dict[str, Callable[[], Sides]]:
         "adamw, float32": _new_adamw,
         "adamw, amsgrad": _adamw(amsgrad=True),
         "adamw, masked": _masked_adamw,
+        "adam, climbing": _adam,
+        "sgd": _sgd(nesterov=True),
+        "sgd, dampened": _sgd(dampening=DAMPENING, maximize=True),
         "clip by norm": _clip,
         "clip by norm, float16": lambda: _clip()._replace(dtypes=(jnp.float16,)),
         "training step": _train_step,

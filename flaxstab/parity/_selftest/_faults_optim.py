@@ -1,4 +1,4 @@
-"""Faults of AdamW and of clipping."""
+"""Faults of Adam and AdamW."""
 
 import math
 from collections.abc import Iterator
@@ -6,15 +6,15 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flaxstab import optim
-from flaxstab._typing import Array
-from flaxstab.optim import _adam, _clip
+from flaxstab._typing import Array, DTypeLike
+from flaxstab.optim import _adam, _core
 from flaxstab.parity._selftest import _cases_training as cases
+from flaxstab.parity._selftest._faults_clip import CLIP
+from flaxstab.parity._selftest._faults_sgd import SGD
 from flaxstab.parity._selftest._plant import (
     Fault,
     Function,
@@ -23,6 +23,7 @@ from flaxstab.parity._selftest._plant import (
     argument,
     replaced,
     result,
+    told,
 )
 
 if TYPE_CHECKING:
@@ -32,61 +33,45 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8  # of every case, by default
 _FOREVER = 10**9  # steps, after which bias correction is 1
 
 
-def _leaf(make: Function) -> Plant:
-    """Plants a change of the step of one parameter."""
-    return lambda: replaced(_adam, "_step_leaf", make)
-
-
-def _leaf_argument(**changes: Function) -> Plant:
-    return lambda: argument(_adam, "_step_leaf", **changes)
-
-
 def leaf_update(change: Function) -> Plant:
     """Plants a change of an update, a function of (update, parameter, rate, decay)."""
 
     def make(original: Function) -> Function:
         def faulty(
-            hypers: _adam._Hypers, count: Array, g: Array, decays: bool, p: Array, *state: Array
-        ) -> tuple[Array, ...]:
-            bare, *kept = original(hypers, count, g, False, p, *state)
-            decay = hypers.weight_decay if decays else 0.0
-            return change(bare, p, hypers.learning_rate, decay), *kept
+            parts: object, options: object, scalars: Function, step: Array, decays: bool, g: Array,
+            p: Array, *moments: Array,
+        ) -> tuple[Array, ...]:  # fmt: skip
+            bare, *kept = original(parts, options, scalars, step, False, g, p, *moments)
+            rate, decay, _ = scalars(step, p.dtype)
+            return change(bare, p, rate, decay if decays else 0.0), *kept
 
         return faulty
 
-    return _leaf(make)
+    return lambda: replaced(_core, "_step_leaf", make)
 
 
-def _leaf_direction(formula: Function) -> Plant:
+def _direction(formula: Function) -> Plant:
     """Plants a divisor, a function of (second moments, its correction, the largest before)."""
 
     def make(original: Function) -> Function:
         def faulty(
-            hypers: _adam._Hypers, count: Array, g: Array, decays: bool, p: Array, *state: Array
+            short: bool, terms: _adam._Terms, g: Array, m: Array, v: Array, *peak: Array
         ) -> tuple[Array, ...]:
-            _, m, v, *_ = original(hypers, count, g, decays, p, *state)
-            first, second = (1 - beta ** count.astype(p.dtype) for beta in _BETAS)
-            divisor, *peak = formula(v, second, *state[2:])
-            rate = hypers.learning_rate
-            update = -rate * (m / first) / divisor - rate * hypers.weight_decay * p
-            return update, m, v, *peak
+            _, m, v, *_ = original(short, terms, g, m, v, *peak)
+            divisor, *kept = formula(v, terms.root**2, *peak)
+            return -terms.rate * m / divisor, m, v, *kept
 
         return faulty
 
-    return _leaf(make)
+    return lambda: replaced(_adam, "_step", make)
 
 
-def _l2(original: Function) -> Function:
-    def faulty(
-        hypers: _adam._Hypers, count: Array, g: Array, decays: bool, p: Array, *state: Array
-    ) -> tuple[Array, ...]:
-        del decays
-        return original(hypers, count, g + hypers.weight_decay * p, False, p, *state)
-
-    return faulty
+def _scalars(**changes: Function) -> Plant:
+    """Plants a change of what Adam's scalars are computed from."""
+    return lambda: argument(_adam, "_terms", **changes)
 
 
-def _torch_adam(make: Function) -> Plant:
+def torch_adam(make: Function) -> Plant:
     """Plants a change of one step on lists of parameters, gradients, moments and step counts."""
 
     def plant() -> Planted:
@@ -95,7 +80,7 @@ def _torch_adam(make: Function) -> Plant:
     return plant
 
 
-def _torch_adam_argument(**changes: Function) -> Plant:
+def torch_adam_argument(**changes: Function) -> Plant:
     def plant() -> Planted:
         return argument(import_module("torch.optim.adam"), "_single_tensor_adam", **changes)
 
@@ -114,7 +99,7 @@ def torch_update(change: Function, **without: float) -> Plant:
 
         return faulty
 
-    return _torch_adam(make)
+    return torch_adam(make)
 
 
 def _torch_corrected(steps: int) -> Plant:
@@ -132,7 +117,7 @@ def _torch_corrected(steps: int) -> Plant:
 
         return faulty
 
-    return _torch_adam(make)
+    return torch_adam(make)
 
 
 def _torch_direction(formula: Function) -> Plant:
@@ -156,7 +141,7 @@ def _torch_direction(formula: Function) -> Plant:
 
         return faulty
 
-    return _torch_adam(make)
+    return torch_adam(make)
 
 
 def _inside(v: "Array | torch.Tensor", correction: float) -> tuple[object]:
@@ -170,11 +155,9 @@ def _coarse_log(hypers: _adam._Hypers) -> _adam._Hypers:
 
 
 def _coarse(original: Function) -> Function:
-    def faulty(
-        hypers: _adam._Hypers, count: Array, g: Array, decays: bool, p: Array, *state: Array
-    ) -> tuple[Array, ...]:
-        given = _coarse_log(hypers) if p.dtype == jnp.float32 else hypers
-        return original(given, count, g, decays, p, *state)
+    def faulty(hypers: _adam._Hypers, rate: Array, step: Array, wide: DTypeLike) -> _adam._Terms:
+        given = _coarse_log(hypers) if jnp.dtype(wide) == jnp.float32 else hypers
+        return original(given, rate, step, wide)
 
     return faulty
 
@@ -191,7 +174,7 @@ def _twice_counted() -> Iterator[None]:
     """Counts two for each step, and corrects by half the count."""
     with (
         result(optax, "safe_increment", lambda count: count + 1),
-        argument(_adam, "_step_leaf", count=lambda count: count // 2),
+        argument(_adam, "_terms", step=lambda step: step // 2),
     ):
         yield
 
@@ -241,11 +224,23 @@ def _torch_largest_corrected(
     return peak**0.5 + _EPS, peak
 
 
+def _torch_forgotten(original: Function) -> Function:
+    def faulty(
+        params: object, grads: object, m: object, v: object, peaks: "list[torch.Tensor]",
+        *others: object, **options: object,
+    ) -> None:  # fmt: skip
+        for peak in peaks:
+            peak.zero_()
+        original(params, grads, m, v, peaks, *others, **options)
+
+    return faulty
+
+
 _ADAM = [
     Fault(
         "L2 for decoupled decay", "decay does not pass through the moments", "adamw", "exp_avg",
-        _leaf(_l2),
-        _torch_adam_argument(decoupled_weight_decay=lambda _: False),
+        told(_adam, coupled=True),
+        torch_adam_argument(decoupled_weight_decay=lambda _: False),
     ),
     Fault(
         "decay behind the step", "decay comes first", "adamw", "update",
@@ -254,12 +249,12 @@ _ADAM = [
     ),
     Fault(
         "no bias correction", "moments are corrected", "adamw", "update",
-        _leaf_argument(count=lambda count: jnp.full_like(count, _FOREVER)),
+        _scalars(step=lambda step: jnp.full_like(step, _FOREVER)),
         _torch_corrected(_FOREVER),
     ),
     Fault(
         "bias correction one step late", "the first step is step 1", "adamw", "update",
-        _leaf_argument(count=lambda count: count + 1),
+        _scalars(step=lambda step: step + 1),
         _torch_corrected(1),
     ),
     Fault(
@@ -274,122 +269,63 @@ _ADAM = [
     ),
     Fault(
         "Adam's eps inside the root", "eps is added to the root", "adamw", "update",
-        _leaf_direction(_inside),
+        _direction(_inside),
         _torch_direction(_inside),
     ),
     Fault(
         "Adam's eps 1.1e-8", "eps has torch's value", "adamw", "update",
-        _leaf_argument(hypers=lambda h: h._replace(eps=1.1 * h.eps)),
-        _torch_adam_argument(eps=lambda eps: 1.1 * eps),
+        _scalars(hypers=lambda h: h._replace(eps=1.1 * h.eps)),
+        torch_adam_argument(eps=lambda eps: 1.1 * eps),
     ),
     Fault(
         "steps counted twice", "the state counts steps", "adamw", "step",
         _twice_counted,
-        _torch_adam(_torch_twice_counted),
+        torch_adam(_torch_twice_counted),
     ),
     Fault(
         "correction by float32's beta2", "1 - beta2**t does not cancel", "adamw, float32",
         "update",
-        _leaf(_coarse),
+        lambda: replaced(_adam, "_terms", _coarse),
         _torch_direction(_torch_coarse),
     ),
     Fault(
         "moments in bfloat16", "moments have the parameter's dtype", "adamw, float32", "exp_avg",
-        lambda: result(_adam, "_step_leaf", _low_moments),
-        _torch_adam(_torch_low_moments),
+        lambda: result(_core, "_step_leaf", _low_moments),
+        torch_adam(_torch_low_moments),
     ),
     Fault(
         "beta2 0.9991 for 0.999", "beta2 has torch's value", "adamw", "exp_avg_sq",
-        _leaf_argument(hypers=lambda h: h._replace(second=_adam._decay_rate(0.9991))),
-        _torch_adam_argument(beta2=lambda _: 0.9991),
+        _scalars(hypers=lambda h: h._replace(second=_adam._decay_rate(0.9991))),
+        torch_adam_argument(beta2=lambda _: 0.9991),
     ),
     Fault(
         "largest corrected moment", "amsgrad's maximum is of uncorrected moments",
         "adamw, amsgrad", "max_exp_avg_sq",
-        _leaf_direction(_largest_corrected),
+        _direction(_largest_corrected),
         _torch_direction(_torch_largest_corrected),
     ),
     Fault(
         "bias decayed", "the mask exempts biases", "adamw, masked", "update 1",
-        _leaf_argument(decays=lambda _: True),
-        _torch_adam_argument(weight_decay=lambda _: cases.DECAY),
+        lambda: argument(_core, "_step_leaf", decays=lambda _: True),
+        torch_adam_argument(weight_decay=lambda _: cases.DECAY),
+    ),
+    Fault(
+        "decoupled decay for L2", "L2 passes through the moments", "adam, climbing", "exp_avg",
+        told(_adam, coupled=False),
+        torch_adam_argument(decoupled_weight_decay=lambda _: True),
+    ),
+    Fault(
+        "maximize ignored by Adam", "maximize climbs", "adam, climbing", "exp_avg",
+        told(_adam, maximize=False),
+        torch_adam_argument(maximize=lambda _: False),
+    ),
+    Fault(
+        "largest moment forgotten", "amsgrad remembers the largest moment", "adam, climbing",
+        "max_exp_avg_sq",
+        lambda: argument(_adam, "_step", peak=jnp.zeros_like),
+        torch_adam(_torch_forgotten),
     ),
 ]  # fmt: skip
 
 
-def _each_alone(max_norm: float) -> optax.GradientTransformation:
-    """Clips every tensor by its own norm."""
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        norm = lambda g: jnp.sqrt(jnp.sum(jnp.square(g)))  # noqa: E731
-        scaled = lambda g: g * jnp.minimum(1.0, max_norm / (norm(g) + 1e-6))  # noqa: E731
-        return jax.tree.map(scaled, updates), state
-
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
-
-
-def _torch_clip(make: Function) -> Plant:
-    def plant() -> Planted:
-        import torch
-
-        return replaced(torch.nn.utils, "clip_grad_norm_", make)
-
-    return plant
-
-
-def _torch_clip_each(original: Function) -> Function:
-    def faulty(params: "list[torch.Tensor]", max_norm: float) -> None:
-        for parameter in params:
-            original([parameter], max_norm)
-
-    return faulty
-
-
-def _torch_by_value(params: "list[torch.Tensor]", value: float) -> None:
-    for parameter in params:
-        parameter.grad.clamp_(-value, value)
-
-
-def _torch_no_summand() -> Planted:
-    import torch
-
-    less = lambda norm: norm - 1e-6  # noqa: E731
-    return argument(torch.nn.utils.clip_grad, "_clip_grads_with_norm_", total_norm=less)
-
-
-def _torch_low_norm() -> Planted:
-    def norm(tensors: "list[torch.Tensor]", *_: object) -> "torch.Tensor":
-        return sum((t * t).sum() for t in tensors) ** 0.5
-
-    return replaced(import_module("torch.nn.utils.clip_grad"), "_get_total_norm", lambda _: norm)
-
-
-_CLIP = [
-    Fault(
-        "clip by value", "clipping keeps the direction", "clip by norm", "gradient",
-        lambda: replaced(optim, "clip_grad_norm", lambda _: optax.clip),
-        _torch_clip(lambda _: _torch_by_value),
-    ),
-    Fault(
-        "clip without 1e-6", "the norm is divided with 1e-6 added", "clip by norm", "gradient",
-        lambda: result(_clip, "_total_norm", lambda norm: norm - 1e-6),
-        _torch_no_summand,
-    ),
-    Fault(
-        "squares in float16", "the norm is computed in float32", "clip by norm, float16",
-        "gradient",
-        lambda: replaced(_clip, "widest", lambda _: jnp.result_type),
-        _torch_low_norm,
-    ),
-    Fault(
-        "each tensor clipped alone", "the norm is that of all gradients", "clip by norm",
-        "gradient",
-        lambda: replaced(optim, "clip_grad_norm", lambda _: _each_alone),
-        _torch_clip(_torch_clip_each),
-    ),
-]  # fmt: skip
-
-OPTIM = (*_ADAM, *_CLIP)
+OPTIM = (*_ADAM, *SGD, *CLIP)

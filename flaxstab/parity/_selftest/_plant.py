@@ -124,6 +124,18 @@ def result(owner: object, name: str, change: Function) -> Planted:
     ))  # fmt: skip
 
 
+def told(owner: object, **changes: object) -> Plant:
+    """Plants other options than an optimizer was given.
+
+    Args:
+      owner: the module that makes the optimizer.
+      **changes: options by name, see ``flaxstab.optim._core.Options``.
+    """
+    return lambda: argument(
+        owner, "transformation", options=lambda options: options._replace(**changes)
+    )
+
+
 def torch_functional() -> "types.ModuleType":
     """Returns ``torch.nn.functional``, where torch's modules look their functions up."""
     from torch.nn import functional
