@@ -84,21 +84,22 @@ def as_float(given: Tensor) -> Tensor:
     return torch.zeros(given.shape, dtype=torch.float64).masked_fill(given, -torch.inf)
 
 
-def calls(length: int) -> Iterator[Call]:
+def calls(options: Options) -> Iterator[Call]:
     """Every mask with every padding, of a batch and of a single sample."""
+    length, keys = L, S if options.cross else L
     for number, (attn, padding, single) in enumerate(
         itertools.product(MASKS, PADDING, (False, True))
     ):
         n = 1 if single else N
-        shape = (n * H, length, S) if "heads" in attn else (length, S)
-        keys = mask(padding, n, S)
-        keys = keys[0] if single and keys is not None else keys
-        yield Call(mask(attn, *shape), keys, single, averaged=number // 2 % 2 == 0)
+        shape = (n * H, length, keys) if "heads" in attn else (length, keys)
+        hidden = mask(padding, n, keys)
+        hidden = hidden[0] if single and hidden is not None else hidden
+        yield Call(mask(attn, *shape), hidden, single, averaged=number // 2 % 2 == 0)
 
 
 def inputs(options: Options) -> tuple[np.ndarray, ...]:
     """Query, key and value; equal ones without sizes of their own."""
-    query = values(N, L if options.cross else S, E, offset=0.5, scale=1.0)
+    query = values(N, L, E, offset=0.5, scale=1.0)
     if not options.cross:
         return (query,)
     return query, values(N, S, 5, seed=1, scale=1.0), values(N, S, 6, seed=2, scale=1.0)
@@ -114,7 +115,7 @@ def test_every_combination_is_pytorchs(options: Options) -> None:
     Called eagerly: compiled, these 480 calls take four times as long.
     """
     module, layer = loaded(options)
-    given, cases = inputs(options), list(calls(L if options.cross else S))
+    given, cases = inputs(options), list(calls(options))
     tensors = [torch.tensor(a, requires_grad=True) for a in given]
     theirs = [case.theirs(module, *in_threes(tensors)) for case in cases]
     cotangents = [
@@ -156,7 +157,7 @@ def in_threes(given: object) -> tuple[object, ...]:
 )
 def test_without_weights_the_output_is_pytorchs_and_the_same(options: Options) -> None:
     module, layer = loaded(options)
-    given, cases = inputs(options), list(calls(L if options.cross else S))
+    given, cases = inputs(options), list(calls(options))
     with jax.enable_x64(True), torch.no_grad():
         arrays = in_threes(tuple(map(jnp.asarray, given)))
         tensors = in_threes([torch.tensor(a) for a in given])
@@ -211,14 +212,14 @@ def test_a_query_that_sees_nothing_is_pytorchs_without_weights(added: bool) -> N
     """The output's bias; with weights PyTorch has NaN, here they are 0 and gradients finite."""
     module, layer = loaded(Options(True, added, False, False))
     x = inputs(Options(True, added, False, False))[0]
-    padding = np.array([[False] * S, [True] * S])
-    attn = np.zeros((S, S), bool)
+    padding = np.array([[False] * L, [True] * L])
+    attn = np.zeros((L, L), bool)
     attn[1] = True
     case = Call(attn, padding, False, averaged=False)
-    blind = np.array([[False, True, False, False], [True] * S])
+    blind = np.array([[False, True, False], [True] * L])
     tensor = torch.tensor(x, requires_grad=True)
     expected = case.theirs(module, tensor, tensor, tensor, need_weights=False)
-    cotangent = values(N, S, E, seed=3)
+    cotangent = values(N, L, E, seed=3)
     (gradient,) = torch.autograd.grad(expected, tensor, torch.tensor(cotangent))
 
     with jax.enable_x64(True):
@@ -236,7 +237,7 @@ def test_a_query_that_sees_nothing_is_pytorchs_without_weights(added: bool) -> N
             lambda p, x: run(p, x, need_weights=True), params, array
         )
         assert_same(output, expected)
-        shown = np.asarray(weights)[:, :, :, :S]
+        shown = np.asarray(weights)[:, :, :, :L]
         assert not shown.transpose(0, 2, 1, 3)[blind].any()
         pulled = jnp.asarray(values(*weights.shape, seed=4))
         gradients = jax.tree.leaves(pullback((jnp.asarray(cotangent), pulled)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from flaxstab import dropout, interop, linear, norms
+from flaxstab import attention, dropout, interop, linear, norms
 from flaxstab.interop import _entries, _rules
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same
@@ -134,7 +134,8 @@ def test_every_layer_has_a_rule_or_is_refused() -> None:
     containers = {"Module", "List", "Dict", "Sequential", "RNNCellBase"}
     # test_a_layer_that_torch_has_not_is_refused_by_name; RoPE is newer, and holds a cache
     refused = {"Einsum", "LoRA", "LoRALinear", "WeightNorm", "SpectralNorm", "RoPE"}
-    exported = [v for place in (nnx, linear, norms, dropout) for v in vars(place).values()]
+    places = (nnx, linear, norms, dropout, attention)
+    exported = [v for place in places for v in vars(place).values()]
     layers = {v for v in exported if isinstance(v, type) and issubclass(v, nnx.Module)}
     names = {layer.__name__ for layer in layers - _rules.RULES.keys()}
     assert {name for name in names if not name.startswith("_")} <= containers | refused

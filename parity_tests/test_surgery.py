@@ -11,6 +11,7 @@ import torch
 from flax import nnx
 
 from flaxstab import linear, norms, surgery
+from flaxstab.attention import MultiHeadAttention
 from torch_ref import blocks as torch_blocks
 from torch_ref import initializers as torch_init
 
@@ -231,14 +232,16 @@ class TorchPre(torch.nn.Module):
 
 
 class Pre(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.attn = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs, *, stock: bool = False) -> None:
+        own = nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs)
+        self.attn = own if stock else MultiHeadAttention(4, 2, rngs=rngs)
         self.cell, self.fc = nnx.LSTMCell(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
 
 
-def test_what_changes_in_attention_and_cells_is_what_changes_in_torch() -> None:
+@pytest.mark.parametrize("stock", [False, True], ids=["flaxstab", "nnx"])
+def test_what_changes_in_attention_and_cells_is_what_changes_in_torch(stock: bool) -> None:
     torch.manual_seed(0)
-    theirs, ours = TorchPre(), Pre(nnx.Rngs(0))
+    theirs, ours = TorchPre(), Pre(nnx.Rngs(0), stock=stock)
     old = {n: p.detach().clone() for n, p in theirs.named_parameters()}
     theirs.apply(torch_init.init_layer)
     kept = {n.split("_proj")[0] for n, p in theirs.named_parameters() if torch.equal(p, old[n])}

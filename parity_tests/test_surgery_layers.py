@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flaxstab import initializers, linear, norms, surgery
+from flaxstab.attention import MultiHeadAttention
 from torch_ref import initializers as torch_init
 
 
@@ -137,7 +138,8 @@ UNTOUCHED = {
     "nnx transposed": lambda r: nnx.ConvTranspose(2, 3, (3, 3), **ONES, rngs=r),
     "embedding": lambda r: nnx.Embed(2, 3, rngs=r),
     "norm": lambda r: nnx.BatchNorm(3, rngs=r),
-    "attention": lambda r: nnx.MultiHeadAttention(2, 4, **ONES, rngs=r),
+    "attention": lambda r: MultiHeadAttention(4, 2, add_bias_kv=True, rngs=r),
+    "nnx attention": lambda r: nnx.MultiHeadAttention(2, 4, **ONES, rngs=r),
 }
 
 

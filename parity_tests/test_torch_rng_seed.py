@@ -1,6 +1,7 @@
 """``torch_rng.seed_parameters``: the weights of PyTorch's layers and models, every bit."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import torch
 from flax import nnx
 
 from flaxstab import interop, linear, models, norms
+from flaxstab.attention import MultiHeadAttention
 from flaxstab.torch_rng import Draw, Generator, Tensors, layer_rule, seed_parameters
 from flaxstab.torch_rng._layers import DRAWS
 from parity_tests.support.torch_bits import DTYPES, assert_same_bits, same_processor
@@ -46,6 +48,15 @@ class Case(NamedTuple):
     theirs: Callable[[torch.dtype], tnn.Module]
 
 
+def attention(ours: Callable[..., nnx.Module], theirs: dict[str, object], **own: object) -> Case:
+    return Case(
+        lambda d: ours(**own, param_dtype=d, rngs=rngs()),
+        lambda d: tnn.MultiheadAttention(8, 2, **theirs, dtype=d),
+    )
+
+
+OWN, STOCK = partial(MultiHeadAttention, 8, 2), partial(nnx.MultiHeadAttention, 2, 8)
+MORE = {"add_bias_kv": True, "kdim": 6, "vdim": 5}
 LAYERS: dict[str, Case] = {
     "Linear": Case(
         lambda d: linear.Linear(7, 5, param_dtype=d, rngs=rngs()),
@@ -82,6 +93,9 @@ LAYERS: dict[str, Case] = {
     "BatchNorm": Case(
         lambda d: norms.BatchNorm(4, param_dtype=d), lambda d: tnn.BatchNorm2d(4, dtype=d)
     ),
+    "MultiHeadAttention": attention(OWN, {}),
+    "MultiHeadAttention, no bias": attention(OWN, {"bias": False}, bias=False),
+    "MultiHeadAttention, keys of their own": attention(OWN, MORE, **MORE),
     "nnx.Linear": Case(
         lambda d: nnx.Linear(7, 5, param_dtype=d, rngs=rngs()), lambda d: tnn.Linear(7, 5, dtype=d)
     ),
@@ -105,18 +119,9 @@ LAYERS: dict[str, Case] = {
         lambda d: nnx.Embed(9, 5, param_dtype=d, rngs=rngs()),
         lambda d: tnn.Embedding(9, 5, dtype=d),
     ),
-    "nnx.MultiHeadAttention": Case(
-        lambda d: nnx.MultiHeadAttention(2, 8, param_dtype=d, rngs=rngs()),
-        lambda d: tnn.MultiheadAttention(8, 2, dtype=d),
-    ),
-    "nnx.MultiHeadAttention, no bias": Case(
-        lambda d: nnx.MultiHeadAttention(2, 8, use_bias=False, param_dtype=d, rngs=rngs()),
-        lambda d: tnn.MultiheadAttention(8, 2, bias=False, dtype=d),
-    ),
-    "nnx.MultiHeadAttention, keys of their own": Case(
-        lambda d: nnx.MultiHeadAttention(2, 8, in_kv_features=6, param_dtype=d, rngs=rngs()),
-        lambda d: tnn.MultiheadAttention(8, 2, kdim=6, vdim=6, dtype=d),
-    ),
+    "nnx.MultiHeadAttention": attention(STOCK, {}),
+    "nnx.MultiHeadAttention, no bias": attention(STOCK, {"bias": False}, use_bias=False),
+    "nnx.MultiHeadAttention, own keys": attention(STOCK, {"kdim": 6, "vdim": 6}, in_kv_features=6),
     "nnx.LSTMCell": Case(
         lambda d: nnx.LSTMCell(3, 5, param_dtype=d, rngs=rngs()),
         lambda d: tnn.LSTMCell(3, 5, dtype=d),
@@ -167,7 +172,7 @@ def test_every_layer_draws_torchs_bits(name: str) -> None:
     assert_both_ways(LAYERS[name], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["Linear", "Embed", "nnx.MultiHeadAttention", "nnx.SimpleCell"])
+@pytest.mark.parametrize("name", ["Linear", "Embed", "MultiHeadAttention", "nnx.SimpleCell"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_layers_draw_in_their_own_dtype(name: str, dtype: torch.dtype) -> None:
     assert_both_ways(LAYERS[name], dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flaxstab import dropout, linear, models, norms
+from flaxstab import attention, dropout, linear, models, norms
 from parity_tests.support.layers import image
 from torch_ref import dropout as torch_dropout
 from torch_ref import models as torch_models
@@ -66,6 +66,18 @@ def _attention(bias: bool = True, keys: int | None = None) -> Row:
     return Row(
         ours,
         theirs,
+        shapes,
+        lambda layer, *xs: layer(*(x / 20 for x in xs)),
+        lambda layer, *xs: layer(*(x / 20 for x in xs))[0],
+    )
+
+
+def _own_attention(keys: int = 4, bias: bool = True, more: bool = False) -> Row:
+    options = (0.0, bias, more, more, keys, keys + 1 if keys != 4 else 4)
+    shapes = ((2, 3, 4), (2, 5, keys), (2, 5, options[-1]))
+    return Row(
+        lambda: attention.MultiHeadAttention(4, 2, *options, rngs=R),
+        lambda: T.MultiheadAttention(4, 2, *options, batch_first=True),
         shapes,
         lambda layer, *xs: layer(*(x / 20 for x in xs)),
         lambda layer, *xs: layer(*(x / 20 for x in xs))[0],
@@ -192,6 +204,9 @@ LAYERS: dict[str, Row] = {
         lambda: norms.LayerNorm(4, bias=False), lambda: T.LayerNorm(4, bias=False), ((2, 3, 4),)
     ),
     "group": _normed(lambda: norms.GroupNorm(2, 4), lambda: T.GroupNorm(2, 4)),
+    "attention": _own_attention(),
+    "attention no bias": _own_attention(bias=False),
+    "attention other keys": _own_attention(keys=6, more=True),
     "dropout": Row(
         lambda: dropout.Dropout(0.5, rngs=R), lambda: T.Dropout(0.5), ((2, 3),), _evaluated,
         lambda t, x: t.eval()(x),
