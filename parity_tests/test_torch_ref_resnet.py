@@ -81,6 +81,23 @@ def test_convolutions_start_by_the_fan_out_and_the_head_by_torchs_law() -> None:
     assert 0.9 * bound < model.fc.weight.abs().max() <= bound
 
 
+def test_weights_of_a_seed_are_torchvisions() -> None:
+    """Which builds a block's projection before the block: default draws are as many either way."""
+    torch.manual_seed(0)
+    model = ResNet("basic", (1, 1), 5, width=4)
+    torch.manual_seed(0)
+    conv = [nn.Conv2d(*sizes, bias=False) for sizes in ((3, 4, 7), (4, 4, 3), (4, 4, 3))]
+    downsample = nn.Conv2d(4, 8, 1, bias=False)
+    conv += [nn.Conv2d(*sizes, bias=False) for sizes in ((4, 8, 3), (8, 8, 3))]
+    head = nn.Linear(8, 5)
+    for layer in (*conv, downsample):  # in the order of modules()
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    expected = [layer.weight for layer in (*conv, downsample, head)]
+    found = [p for p in model.parameters() if p.ndim > 1]
+    assert all(map(torch.equal, found, expected))
+    assert len(found) == len(expected)
+
+
 def test_unknown_kinds_and_stems_are_refused() -> None:
     with pytest.raises(ValueError, match=r"kind must be one of basic, .* got kind='wide'"):
         ResNet("wide", (1,))

@@ -52,9 +52,10 @@ class BasicBlock(nnx.Module):
       (2, 4, 4, 8)
 
     Differs from:
-      torchvision's ResNet, which builds ``downsample`` before the block: of one stream of random
-      numbers its layers get others (for :func:`flaxstab.torch_rng.seed_parameters`; the documents'
-      block draws in our order).
+      torchvision's ResNet, which builds ``downsample`` before the block: with
+      :func:`flaxstab.torch_rng.seed_parameters` alone a block's layers get other numbers of the
+      stream. They are torchvision's where all convolutions draw again, as in its networks
+      (docs/seeds.md). The documents' block draws in our order.
 
     Reference:
       K. He, X. Zhang, S. Ren, J. Sun, "Deep Residual Learning for Image Recognition", 2015,

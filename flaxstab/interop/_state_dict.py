@@ -187,7 +187,7 @@ def _check_rank(
             raise ValueError(
                 f"a layer must hold variables of its own, got {place!r} {variable.shape} of "
                 f"{type(module).__name__}: nnx.vmap or nnx.scan stacks them. "
-                "Take them apart into one layer each."
+                "Take them apart into one layer each, as flaxstab.models.unstacked does."
             )
 
 
