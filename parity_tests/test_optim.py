@@ -243,4 +243,6 @@ def test_the_state_is_kept_in_the_dtype_asked_for(name: str) -> None:
         assert kept.dtype == (dtype or jnp.bfloat16)
         left[dtype] = float(kept[0])
     assert left[None] == 1.0
+    if name == "adamw":  # optax's mu_dtype leaves the second moment as it is
+        assert optax.adamw(0.1, mu_dtype=jnp.float32).init(params)[0].nu["w"].dtype == jnp.bfloat16
     assert abs(left[jnp.float32] - 0.999**20) <= 20 * float(jnp.finfo(jnp.float32).eps)

@@ -141,23 +141,38 @@ def test_nnx_optimizer_skips_it_too(form: str, jit: Callable[..., object]) -> No
     assert abs(float(clipped.norm[...]) - 6**0.5) <= 4 * float(jnp.finfo(jnp.float32).eps) * 6**0.5
 
 
-def test_counts_can_be_there_from_the_start_for_a_loop() -> None:
-    """What ``lax.scan`` carries cannot grow: docs/optim.md says how to begin."""
+def test_a_loop_needs_the_counts_from_the_start_or_a_freeze() -> None:
+    """What ``lax.scan`` carries cannot grow; ``docs/optim.md`` says how to begin."""
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     tx = optax.chain(optim.clip_grad_norm(1.0), optim.adamw(0.1))
 
-    def step(carried: object, gradient: object) -> tuple[object, None]:
-        p, state = carried
-        updates, state = tx.update({"a": gradient, "b": None}, state, p)
-        return (optax.apply_updates(p, updates), state), None
+    def loop(tx: optax.GradientTransformation, state: object) -> tuple[object, object]:
+        def step(carried: object, gradient: object) -> tuple[object, None]:
+            p, state = carried
+            updates, state = tx.update({"a": gradient, "b": None}, state, p)
+            return (optax.apply_updates(p, updates), state), None
+
+        return jax.lax.scan(step, (params, state), jnp.ones((5, 3)))[0]
 
     with pytest.raises(TypeError, match="skipped"):
-        jax.lax.scan(step, (params, tx.init(params)), jnp.ones((5, 3)))
-    state = optax.tree.set(tx.init(params), skipped=jnp.zeros(len(params), jnp.int32))
-    (after, state), _ = jax.lax.scan(step, (params, state), jnp.ones((5, 3)))
+        loop(tx, tx.init(params))
+    counts = jnp.zeros(len(params), jnp.int32)
+    counted, state = loop(tx, optax.tree.set(tx.init(params), skipped=counts))
     assert state[1].skipped.tolist() == [0, 5]
-    assert after["b"].tolist() == [1.0, 1.0]
+    assert counted["b"].tolist() == [1.0, 1.0]
+    frozen = optim.freeze(tx, {"a": False, "b": True})
+    after, state = loop(frozen, frozen.init(params))
+    assert state[1].skipped.shape == (0,)
+    assert jax.tree.map(lambda a: a.tolist(), after) == jax.tree.map(lambda a: a.tolist(), counted)
     assert (after["a"] < 1).all()
+
+
+def test_what_accumulates_takes_no_absent_gradients() -> None:
+    """As ``docs/optim.md`` says of ``optax.MultiSteps``."""
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    tx = optax.MultiSteps(optim.adamw(0.1), 2)
+    with pytest.raises(ValueError, match="None"):
+        tx.update({"a": params["a"], "b": None}, tx.init(params), params)
 
 
 def test_masks_and_partitions_take_absent_gradients() -> None:

@@ -231,6 +231,13 @@ def test_clipping_by_value_is_torchs_bit_for_bit(dtype: str, value: float) -> No
     assert state == optax.EmptyState()
 
 
+def test_optax_widens_what_it_clips_by_an_array() -> None:
+    bound, tree = jnp.float32(0.1), {"a": jnp.ones(2, jnp.bfloat16)}
+    clipped = [tx.update(tree, optax.EmptyState())[0] for tx in
+               (optax.clip(bound), optim.clip_grad_value(bound))]  # fmt: skip
+    assert [one["a"].dtype.name for one in clipped] == ["float32", "bfloat16"]
+
+
 def test_clipping_by_value_checks_what_it_knows() -> None:
     for bad in (-1.0, math.nan):
         with pytest.raises(ValueError, match="clip_value must be at least 0, got clip_value="):

@@ -75,6 +75,31 @@ def run(
     ]
 
 
+@pytest.mark.parametrize("injected", [False, True])
+def test_groups_with_a_mask_work_in_nnx_optimizer(injected: bool) -> None:
+    model = Net()
+    make = optim.sgd
+    if injected:
+        make = optax.inject_hyperparams(optim.sgd, static_args=("mask",))
+    groups = optim.param_groups(model, [{"params": nnx.PathContains("gain"), "weight_decay": 0.5}])
+    tx = groups.optimizer(make, learning_rate=0.5, weight_decay=1.0, mask=optim.decay_mask(model))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    @nnx.jit
+    def step(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
+        optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+
+    if injected:
+        rest = optimizer.opt_state.inner_states["rest"].inner_state
+        rest.hyperparams["weight_decay"][...] = jnp.float32(0.25)
+    step(model, optimizer)
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    kept = {"kernel": 0.875 if injected else 0.5, "gain": 0.75, "bias": 1.0}
+    for name, factor in kept.items():
+        np.testing.assert_array_equal(after[name], factor * before[name])
+
+
 def test_groups_are_printed_and_label_every_form_of_the_tree() -> None:
     model = Net()
     groups = optim.param_groups(model, rules())
