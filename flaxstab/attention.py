@@ -92,7 +92,6 @@ class MultiHeadAttention(Dropping):
         rule = "num_heads must divide embed_dim"
         check(embed_dim % num_heads == 0, rule, num_heads=num_heads, embed_dim=embed_dim)
         check_probability(dropout=dropout)
-        super().__init__(dropout, dtype=dtype, rngs=rngs if dropout > 0 else None)
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim, self.vdim = kdim, vdim
         self.add_zero_attn = add_zero_attn
@@ -110,6 +109,8 @@ class MultiHeadAttention(Dropping):
         self.out = projection(embed_dim, kernel_init)
         rows = [_row(rngs, embed_dim, param_dtype) if add_bias_kv else None for _ in range(2)]
         self.bias_k, self.bias_v = map(nnx.data, rows)
+        # Last: a stream for dropout must not change the weights that the same rngs draw.
+        super().__init__(dropout, dtype=dtype, rngs=rngs if dropout > 0 else None)
 
     def __call__(
         self,
