@@ -112,7 +112,7 @@ def test_document_twos_block_with_masks_of_every_kind() -> None:
     {"norm_first": True, "activation": "gelu", "layer_norm_eps": 1e-2},
     {"norm_first": True, "bias": False},
     {"activation": torch.tanh, "bias": False},
-], ids=str)  # fmt: skip
+], ids=["default", "pre-norm", "no bias", "tanh"])  # fmt: skip
 def test_torchs_encoder_layer(options: dict[str, object]) -> None:
     calls = [
         {},
