@@ -339,6 +339,14 @@ def test_scales_and_layer_scales_reach_both_branches() -> None:
         ),
         "zero_init needs norm_first=True, got norm_first=False",
     ),
+    (
+        lambda r: blocks.TransformerEncoderLayer(8, 2, activation=None, rngs=r),
+        "activation must be 'relu', 'gelu' or a function, got activation=None",
+    ),
+    (
+        lambda _: blocks.Residual(layer_scale=0.0, zero_init=True),
+        "layer_scale and zero_init must not both be 0: the branch would never train",
+    ),
     (lambda r: blocks.MLP(8, 0, rngs=r), "hidden_features must be .* got hidden_features=0"),
 ])  # fmt: skip
 def test_bad_arguments_are_named(make: Callable[[nnx.Rngs], object], message: str) -> None:

@@ -303,3 +303,10 @@ def test_what_is_no_source_of_keys_is_refused(kind: type[Dropout | ChannelDropou
         kind()(jnp.ones((2, 3, 4)), rngs=0)
     with pytest.raises(ValueError, match=r"dropout needs nnx\.Rngs with .* got "):
         kind(rngs=jax.random.key(0))
+
+
+def test_a_scale_that_overflows_leaves_what_is_dropped_at_zero_as_in_torch() -> None:
+    mask = np.array([True, False])
+    ours = functional.dropout(jnp.ones(2, jnp.float16), 0.99999, jnp.asarray(mask))
+    assert np.isinf(ours[0])
+    assert ours[1] == 0

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import torch
 from flax import nnx
 
-from flaxstab import blocks, functional, interop, models, norms, optim
+from flaxstab import blocks, functional, interop, models, norms, optim, recipes
 from flaxstab.models import LMSize, TransformerLM, ViT, ViTSize
 from parity_tests.support.cases import values
 from parity_tests.support.one_step import assert_one_step
@@ -224,9 +225,40 @@ def test_roles_exempt_tokens_and_positions_from_decay() -> None:
 
 
 def test_paths_drop_more_often_with_depth() -> None:
-    model = ViT(ViTSize(**{**vars(SMALL), "depth": 3}), 5, drop_path=0.4, rngs=nnx.Rngs(0))
-    found = [b.add1.drop_path.p if b.add1.drop_path else 0.0 for b in model.blocks]
-    assert found == [0.0, 0.2, 0.4]
+    size, wiring = replace(SMALL, depth=3), blocks.Residual(drop_path=0.4)
+
+    def found(**options: object) -> list[float]:
+        model = ViT(size, 5, residual=wiring, **options, rngs=nnx.Rngs(0))
+        return [b.add1.drop_path.p if b.add1.drop_path else 0.0 for b in model.blocks.blocks()]
+
+    assert found() == [0.0, 0.2, 0.4]
+    assert found(drop_path_rule="uniform", scan=True) == [0.4, 0.4, 0.4]
+
+
+def test_a_layer_held_twice_stays_one_when_it_is_stacked() -> None:
+    class Twice(nnx.Module):
+        def __init__(self) -> None:
+            rngs = nnx.Rngs(0)
+            self.first = models.Chain([blocks.MLP(4, 4, rngs=rngs) for _ in range(2)])
+            self.again = self.first
+
+    for change in (models.stacked, models.unstacked):
+        model = change(Twice())
+        assert model.first is model.again
+        assert parameters(model) == 2 * 2 * 20
+
+
+def test_every_part_of_a_recipe_has_a_place() -> None:
+    recipe = recipes.transformer
+    model = TransformerLM(
+        WORDS, LM, p_drop=recipe.dropout, attn_drop=recipe.attention_dropout, norm=recipe.norm,
+        act=recipe.act, kernel_init=recipe.kernel_init, residual=recipe.residual, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    block = model.blocks[0]
+    assert (block.attn.p, block.add1.scale) == (recipe.attention_dropout, recipe.residual.scale)
+    assert block.ff.layers[1] is recipe.act
+    vit = ViT(SMALL, 5, act=recipe.act, residual=recipe.residual, rngs=nnx.Rngs(0))
+    assert vit.blocks[0].add2.scale == recipe.residual.scale
 
 
 def test_the_laws_are_timms() -> None:
@@ -245,11 +277,21 @@ def test_the_laws_are_timms() -> None:
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: ViT(ViTSize(patch_size=5, image_size=16), rngs=nnx.Rngs(0)), "patch_size must divide"),
+    (lambda: ViTSize(patch_size=5, image_size=16), "patch_size must divide image_size, got patch"),
+    (lambda: ViTSize(patch_size=0), "patch_size must be .* got patch_size=0"),
+    (lambda: LMSize(depth=0), "depth must be .* got depth=0"),
+    (lambda: ViT(10, rngs=nnx.Rngs(0)), r"size must be a ViTSize, got size=10\. Pass e\.g\."),
+    (lambda: TransformerLM(10, 64, rngs=nnx.Rngs(0)), "size must be an LMSize, got size=64"),
+    (
+        lambda: ViT(SMALL, scan=True, residual=blocks.Residual(drop_path=0.1), rngs=nnx.Rngs(0)),
+        "scan=True needs equal blocks: pass drop_path_rule='uniform', got drop_path_rule='linear'",
+    ),
+    (lambda: ViT(SMALL, act=nnx.PReLU(), rngs=nnx.Rngs(0)), "act must be a function of an array"),
+    (lambda: models.stacked(models.Stack([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])), "in a Chain, got"),
     (lambda: ViT(SMALL), "a layer with random weights needs rngs"),
     (
         lambda: ViT(SMALL, 5, rngs=nnx.Rngs(0))(jnp.ones((2, 3, 4, 4))),
-        r"images must be \(N, image_size, image_size, 3\), got image_size=4 and shape=\(2, 3, 4, 4",
+        r"images must be \(N, image_size, image_size, in_channels\), got image_size=4 and in_ch",
     ),
     (
         lambda: TransformerLM(WORDS, LM, rngs=nnx.Rngs(0))(jnp.zeros((1, 7), jnp.int32)),

@@ -1,7 +1,7 @@
 """PyTorch's own Transformer layers, batch first."""
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -88,13 +88,16 @@ def _check(batch_first: bool, norm_first: bool, residual: Residual | None) -> No
 
 
 def _activation(activation: Activation) -> Function:
-    by_name: dict[str, Function] = {"relu": functional.relu, "gelu": functional.gelu}
-    if isinstance(activation, str):
-        rule = "activation must be 'relu', 'gelu' or a function"
-        check(activation in by_name, rule, activation=activation)
+    by_name: dict[object, Function] = {"relu": functional.relu, "gelu": functional.gelu}
+    if isinstance(activation, str) and activation in by_name:
         return by_name[activation]
-    check_choices(None, activation, None)
-    return activation
+    check(
+        callable(activation) and not isinstance(activation, type | nnx.Module),
+        "activation must be 'relu', 'gelu' or a function",
+        fix="Pass e.g. flaxstab.functional.relu.",
+        activation=activation,
+    )
+    return cast("Function", activation)
 
 
 class TransformerEncoderLayer(nnx.Module):

@@ -26,7 +26,8 @@ class Residual:
         :func:`flaxstab.surgery.zero_last_gamma` does to a built model.
 
     Raises:
-      ValueError: if a number is not finite, ``scale`` is 0 (the branch would never train), or
+      ValueError: if a number is not finite, ``scale`` is 0 or ``layer_scale`` is under
+        ``zero_init`` (the branch would never train), or
         ``drop_path`` lies outside [0, 1].
 
     Example:
@@ -60,6 +61,12 @@ class Residual:
         check(
             self.layer_scale is None or math.isfinite(self.layer_scale),
             "layer_scale must be a finite number or None",
+            layer_scale=self.layer_scale,
+        )
+        check(
+            not (self.zero_init and self.layer_scale == 0),
+            "layer_scale and zero_init must not both be 0: the branch would never train",
+            fix="Leave out one of them.",
             layer_scale=self.layer_scale,
         )
         check_probability(drop_path=self.drop_path)

@@ -214,4 +214,6 @@ def _check(p: float, mask: Array) -> None:
 
 def _masked(x: Array, mask: Array, scale: float) -> Array:
     """Multiplies, also by 0: NaN stays. The scale is that of the dtype, as in torch."""
-    return x * (jnp.broadcast_to(jnp.asarray(mask, x.dtype), x.shape) * scale)
+    # Chosen, not multiplied: 0 times a scale that overflows in 16 bits would be NaN.
+    factors = jnp.where(mask, np.asarray(scale, x.dtype), np.zeros((), x.dtype))
+    return x * jnp.broadcast_to(factors, x.shape)

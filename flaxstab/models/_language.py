@@ -10,8 +10,9 @@ from flax import nnx
 from flaxstab import initializers, interop
 from flaxstab._checks import check, check_positive
 from flaxstab._dtypes import aligned
-from flaxstab._typing import Array, DTypeLike
+from flaxstab._typing import Array, DTypeLike, Initializer
 from flaxstab.blocks import MakeNorm, Residual, TransformerBlock
+from flaxstab.blocks._parts import Function, check_choices
 from flaxstab.dropout import Dropout
 from flaxstab.linear import Embed
 from flaxstab.linear._base import check_rngs, drawn
@@ -21,14 +22,17 @@ from flaxstab.norms import LayerNorm
 
 @dataclass(frozen=True, kw_only=True)
 class LMSize:
-    """The sizes of a language model.
+    """How large a language model is.
 
-    Attributes:
+    Args:
       d: features of a token.
       depth: number of blocks.
       nhead: number of heads.
       d_ff: width of the feed-forward parts in units of ``d``.
       max_len: the longest sequence.
+
+    Raises:
+      ValueError: if a number is below 1.
     """
 
     d: int = 128
@@ -36,6 +40,9 @@ class LMSize:
     nhead: int = 4
     d_ff: int = 4
     max_len: int = 256
+
+    def __post_init__(self) -> None:
+        check_positive(**vars(self))
 
 
 class TransformerLM(nnx.Module):
@@ -50,7 +57,10 @@ class TransformerLM(nnx.Module):
       size: its sizes.
       p_drop: the probability of dropping behind the embedding, on the attention's probabilities,
         behind the activation and behind both branches.
+      attn_drop: that of the attention's probabilities; ``None`` = ``p_drop``.
       norm: builds each norm; ``None`` = :class:`flaxstab.norms.LayerNorm`.
+      act: the activation; ``None`` = exact GELU.
+      kernel_init: draws kernels and tables; ``None`` = as said.
       residual: how every branch is added; ``None`` = plainly.
       scan: whether the blocks are stacked and run by a loop: the same weights and numbers from a
         program that does not grow with depth. Parameters have other names: see :func:`stacked` and
@@ -83,7 +93,10 @@ class TransformerLM(nnx.Module):
         size: LMSize | None = None,
         *,
         p_drop: float = 0.1,
+        attn_drop: float | None = None,
         norm: MakeNorm | None = None,
+        act: Function | None = None,
+        kernel_init: Initializer | None = None,
         residual: Residual | None = None,
         scan: bool = False,
         remat: bool = False,
@@ -91,9 +104,12 @@ class TransformerLM(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        size = size or LMSize()
-        check_positive(vocab_size=vocab_size, max_len=size.max_len, depth=size.depth)
-        rngs, law = check_rngs(rngs), initializers.trunc_normal(std=0.02)
+        size = LMSize() if size is None else size
+        rule = "size must be an LMSize"
+        check(isinstance(size, LMSize), rule, fix="Pass e.g. LMSize(depth=6).", size=size)
+        check_positive(vocab_size=vocab_size)
+        check_choices(norm, act, residual)
+        rngs, law = check_rngs(rngs), kernel_init or initializers.trunc_normal(std=0.02)
         make_norm = norm or LayerNorm
         self.size = size
         self.embed = Embed(
@@ -106,9 +122,9 @@ class TransformerLM(nnx.Module):
 
         def block() -> TransformerBlock:
             return TransformerBlock(
-                size.d, size.nhead, size.d_ff, p_drop, out_drop=p_drop, norm=make_norm,
-                kernel_init=law, residual=residual, dtype=dtype, param_dtype=param_dtype,
-                rngs=rngs,
+                size.d, size.nhead, size.d_ff, p_drop, attn_drop=attn_drop, out_drop=p_drop,
+                norm=make_norm, act=act, kernel_init=law, residual=residual, dtype=dtype,
+                param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
 
         blocks = (block() for _ in range(size.depth))
@@ -120,7 +136,7 @@ class TransformerLM(nnx.Module):
 
         The logits of a token depend on it and on those before it only.
         """
-        longest = self.size.max_len
+        tokens, longest = jnp.asarray(tokens), self.size.max_len
         rule = "tokens must be (N, L), L at most max_len"
         fits = tokens.ndim == 2 and tokens.shape[1] <= longest
         check(fits, rule, max_len=longest, shape=tokens.shape)

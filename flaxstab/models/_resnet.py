@@ -21,13 +21,13 @@ from flaxstab.blocks import (
 )
 from flaxstab.blocks._parts import Function, Parts, chosen
 from flaxstab.linear import Linear
+from flaxstab.models._depth import DropPathRule, check_drop_path_rule, residual_at
 from flaxstab.models._stack import Chain
 from flaxstab.norms import BatchNorm, norm_act
 from flaxstab.norms._fused import region
 
 BlockName = Literal["basic", "bottleneck", "preact", "preact_bottleneck"]
 Stem = Literal["imagenet", "cifar"]
-DropPathRule = Literal["uniform", "linear"]
 
 
 class _Kind(NamedTuple):
@@ -104,6 +104,7 @@ class ResNet(nnx.Module):
       num_classes: size of the output.
       stem: ``'imagenet'``: 7x7 convolution of step 2, then 3x3 max pooling of step 2;
         ``'cifar'``: 3x3 convolution of step 1.
+      in_channels: channels of the images.
       norm: builds each norm; ``None`` = :class:`flaxstab.norms.BatchNorm`, in every kind of block.
       act: the activation; ``None`` = ReLU.
       kernel_init: draws the convolutions' kernels; ``None`` = torchvision's law.
@@ -145,6 +146,7 @@ class ResNet(nnx.Module):
         num_classes: int = 1000,
         *,
         stem: Stem = "imagenet",
+        in_channels: int = 3,
         norm: MakeNorm | None = None,
         act: Function | None = None,
         kernel_init: Initializer | None = None,
@@ -156,26 +158,24 @@ class ResNet(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        _check(size, num_classes, stem, drop_path_rule)
+        _check(size, num_classes, stem)
         init = kernel_init or initializers.kaiming_normal(mode="fan_out", nonlinearity="relu")
         parts = chosen(BatchNorm, norm, act, init, residual, dtype, param_dtype, rngs)
-        rule = "scan=True needs equal blocks: pass drop_path_rule='uniform'"
-        grows = drop_path_rule == "linear" and parts.residual.drop_path > 0
-        check(not (scan and grows), rule, drop_path_rule=drop_path_rule)
+        check_drop_path_rule(drop_path_rule, parts.residual, scan=scan)
         kind = _KINDS[size.block]
         channels = kind.expansion * size.width * 2 ** (len(size.layers) - 1)
         self.pools = stem == "imagenet"
-        self.conv1 = parts.conv(3, size.width, *((7, 2) if self.pools else (3, 1)))
+        self.conv1 = parts.conv(in_channels, size.width, *((7, 2) if self.pools else (3, 1)))
         self.bn1 = nnx.data(None if kind.activates_first else parts.norm(size.width))
         self.act = parts.act
         self.stages = len(size.layers)
-        for number, blocks in enumerate(_stages(size, kind, parts, grows=grows)):
+        for number, blocks in enumerate(_stages(size, kind, parts, drop_path_rule)):
             setattr(self, f"layer{number + 1}", Chain(blocks, scan=scan, remat=remat))
         self.norm = nnx.data(parts.norm(channels) if kind.activates_first else None)
         self.fc = Linear(channels, num_classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        """Maps images ``(N, H, W, 3)`` to logits ``(N, num_classes)``."""
+        """Maps images ``(N, H, W, in_channels)`` to logits ``(N, num_classes)``."""
         x = self._stem(self.conv1(x))
         for number in range(self.stages):
             x = getattr(self, f"layer{number + 1}")(x)
@@ -194,26 +194,23 @@ class ResNet(nnx.Module):
         return region(lambda norm, x: pooled(self.act(norm(x))), (self.bn1,), x)
 
 
-def _check(size: ResNetSize, num_classes: int, stem: str, drop_path_rule: str) -> None:
+def _check(size: ResNetSize, num_classes: int, stem: str) -> None:
     is_size = isinstance(size, ResNetSize)
     fix = "Pass e.g. ResNetSize(block='basic', layers=(2, 2, 2, 2))."
     check(is_size, "size must be a ResNetSize", fix=fix, size=size)
     check_positive(num_classes=num_classes)
     check(stem in ("imagenet", "cifar"), "stem must be 'imagenet' or 'cifar'", stem=stem)
-    known = drop_path_rule in ("uniform", "linear")
-    check(known, "drop_path_rule must be 'uniform' or 'linear'", drop_path_rule=drop_path_rule)
 
 
 def _stages(
-    size: ResNetSize, kind: _Kind, parts: Parts, *, grows: bool
+    size: ResNetSize, kind: _Kind, parts: Parts, rule: DropPathRule
 ) -> Iterator[list[nnx.Module]]:
     """Yields each stage's blocks, built one after the other."""
     made, total, channels = 0, sum(size.layers), size.width
     for stage, count in enumerate(size.layers):
         width, blocks = size.width * 2**stage, []
         for number in range(count):
-            share = made / max(total - 1, 1) if grows else 1.0
-            residual = replace(parts.residual, drop_path=share * parts.residual.drop_path)
+            residual = residual_at(parts.residual, rule, made, total)
             blocks.append(
                 kind.make(
                     channels, width, stride=2 if stage and not number else 1,

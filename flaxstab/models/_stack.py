@@ -198,7 +198,21 @@ def unstacked(model: M) -> M:
 def _rebuilt(model: M, *, scan: bool, unroll: int) -> M:
     check(isinstance(model, nnx.Module), "model must be an nnx.Module", type=type(model).__name__)
 
+    check(
+        not isinstance(model, Stack),
+        "model must hold its blocks in a Chain",
+        fix="Of a Stack itself take stack.blocks().",
+        type="Stack",
+    )
+    done: dict[int, tuple[nnx.Module, nnx.Module]] = {}  # what is held twice stays one
+
     def of(node: nnx.Module) -> nnx.Module:
+        if id(node) not in done:
+            done[id(node)] = node, node
+            done[id(node)] = node, rebuilt(node)
+        return done[id(node)][1]
+
+    def rebuilt(node: nnx.Module) -> nnx.Module:
         if isinstance(node, Chain):
             parts = (of(block) for block in node.blocks())
             return Chain(parts, scan=scan, remat=node.remat, unroll=unroll)

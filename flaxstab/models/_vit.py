@@ -11,26 +11,32 @@ from flax import nnx
 from flaxstab import initializers, interop
 from flaxstab._checks import check, check_positive
 from flaxstab._dtypes import aligned
-from flaxstab._typing import Array, DTypeLike
-from flaxstab.blocks import Residual, TransformerBlock
+from flaxstab._typing import Array, DTypeLike, Initializer
+from flaxstab.blocks import MakeNorm, Residual, TransformerBlock
+from flaxstab.blocks._parts import Function, check_choices
 from flaxstab.dropout import Dropout
 from flaxstab.linear import Conv, Linear
 from flaxstab.linear._base import check_rngs, drawn
+from flaxstab.models._depth import DropPathRule, check_drop_path_rule, residual_at
 from flaxstab.models._stack import Chain
 from flaxstab.norms import LayerNorm
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTSize:
-    """The sizes of a vision Transformer.
+    """How large a vision Transformer is.
 
-    Attributes:
+    Args:
       d: features of a token.
       depth: number of blocks.
       nhead: number of heads.
       d_ff: width of the feed-forward parts in units of ``d``.
       patch_size: height and width of a patch.
       image_size: height and width of the input.
+      in_channels: channels of the input.
+
+    Raises:
+      ValueError: if a number is below 1, or ``patch_size`` does not divide ``image_size``.
     """
 
     d: int = 192
@@ -39,6 +45,16 @@ class ViTSize:
     d_ff: int = 4
     patch_size: int = 16
     image_size: int = 224
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        check_positive(**vars(self))
+        check(
+            self.image_size % self.patch_size == 0,
+            "patch_size must divide image_size",
+            patch_size=self.patch_size,
+            image_size=self.image_size,
+        )
 
     @property
     def tokens(self) -> int:
@@ -57,12 +73,12 @@ class _PatchEmbed(nnx.Module):
         self, size: ViTSize, dtype: DTypeLike | None, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         self.proj = Conv(
-            3, size.d, size.patch_size, size.patch_size, dtype=dtype, param_dtype=param_dtype,
-            rngs=rngs,
+            size.in_channels, size.d, size.patch_size, size.patch_size, dtype=dtype,
+            param_dtype=param_dtype, rngs=rngs,
         )  # fmt: skip
 
     def __call__(self, x: Array) -> Array:
-        """Maps ``(N, H, W, 3)`` to ``(N, H * W / patch_size**2, d)``."""
+        """Maps ``(N, H, W, in_channels)`` to ``(N, H * W / patch_size**2, d)``."""
         x = self.proj(x)
         return x.reshape(x.shape[0], -1, x.shape[-1])  # (N, h, w, d) -> (N, h * w, d)
 
@@ -81,18 +97,23 @@ class ViT(nnx.Module):
       p_drop: the probability of dropping behind the embedding, the attention's output, the
         activation and the feed-forward part.
       attn_drop: that of the attention's probabilities.
-      drop_path: the probability of dropping the last block's branches of a sample; it grows
-        linearly from 0 with depth.
-      scan: whether equal blocks are stacked and run by a loop: the same weights and numbers from a
-        program that does not grow with depth. Under ``drop_path`` no two are equal. Parameters have
-        other names: see :func:`stacked` and :func:`unstacked`.
+      norm: builds each norm; ``None`` = :class:`flaxstab.norms.LayerNorm` with eps 1e-6.
+      act: the activation; ``None`` = exact GELU.
+      kernel_init: draws kernels and positions; ``None`` = as said.
+      residual: how each block adds its branches; ``None`` = plainly.
+      drop_path_rule: whether every block has the ``drop_path`` of ``residual`` (``'uniform'``), or
+        it grows from 0 in the first block to that in the last (``'linear'``, timm's).
+      scan: whether the blocks are stacked and run by a loop: the same weights and numbers from a
+        program that does not grow with depth. Not where the linear rule makes them unequal.
+        Parameters have other names: see :func:`stacked` and :func:`unstacked`.
       remat: whether the backward pass keeps each block's input only, and computes the rest again.
       dtype: dtype of computation and output; ``None`` = the input's.
       param_dtype: dtype of the parameters.
       rngs: source of the keys, stream ``params``, and ``dropout`` if anything is dropped.
 
     Raises:
-      ValueError: if sizes do not fit, a probability is outside [0, 1], or ``rngs`` is missing.
+      ValueError: if ``size`` is none, a probability is outside [0, 1], ``scan`` meets unequal
+        blocks, or ``rngs`` is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -114,22 +135,25 @@ class ViT(nnx.Module):
         *,
         p_drop: float = 0.0,
         attn_drop: float = 0.0,
-        drop_path: float = 0.0,
+        norm: MakeNorm | None = None,
+        act: Function | None = None,
+        kernel_init: Initializer | None = None,
+        residual: Residual | None = None,
+        drop_path_rule: DropPathRule = "linear",
         scan: bool = False,
         remat: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
+        rule = "size must be a ViTSize"
+        check(isinstance(size, ViTSize), rule, fix="Pass e.g. ViTSize(depth=6).", size=size)
         check_positive(num_classes=num_classes)
-        check(
-            size.image_size % size.patch_size == 0,
-            "patch_size must divide image_size",
-            patch_size=size.patch_size,
-            image_size=size.image_size,
-        )
-        rngs, law = check_rngs(rngs), initializers.trunc_normal(std=0.02)
-        norm = partial(LayerNorm, eps=1e-6)
+        check_choices(norm, act, residual)
+        wiring = residual or Residual()
+        check_drop_path_rule(drop_path_rule, wiring, scan=scan)
+        rngs, law = check_rngs(rngs), kernel_init or initializers.trunc_normal(std=0.02)
+        make_norm = norm or partial(LayerNorm, eps=1e-6)
         self.size = size
         self.patch_embed = _PatchEmbed(size, dtype, param_dtype, rngs)
         token, positions = (1, 1, size.d), (1, size.tokens, size.d)
@@ -140,26 +164,30 @@ class ViT(nnx.Module):
         self.drop = Dropout(p_drop, dtype=dtype, rngs=rngs if p_drop else None)
 
         def block(place: int) -> TransformerBlock:
-            wiring = Residual(drop_path=drop_path * place / max(size.depth - 1, 1))
             return TransformerBlock(
                 size.d, size.nhead, size.d_ff, p_drop, attn_drop=attn_drop, out_drop=p_drop,
-                norm=norm, kernel_init=law, residual=wiring, dtype=dtype, param_dtype=param_dtype,
-                rngs=rngs,
+                norm=make_norm, act=act, kernel_init=law,
+                residual=residual_at(wiring, drop_path_rule, place, size.depth), dtype=dtype,
+                param_dtype=param_dtype, rngs=rngs,
             )  # fmt: skip
 
-        blocks = (block(place) for place in range(size.depth))
-        self.blocks = Chain(blocks, scan=scan, remat=remat)
-        self.norm = norm(size.d, dtype=dtype, param_dtype=param_dtype)
+        self.blocks = Chain(map(block, range(size.depth)), scan=scan, remat=remat)
+        self.norm = make_norm(size.d, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.head = Linear(
             size.d, num_classes, kernel_init=law, bias_init=initializers.zeros, dtype=dtype,
             param_dtype=param_dtype, rngs=rngs,
         )  # fmt: skip
 
     def __call__(self, x: Array) -> Array:
-        """Maps ``(N, image_size, image_size, 3)`` to logits ``(N, num_classes)``."""
-        side = self.size.image_size
-        rule = "images must be (N, image_size, image_size, 3)"
-        check(x.ndim == 4 and x.shape[1:] == (side, side, 3), rule, image_size=side, shape=x.shape)
+        """Maps ``(N, image_size, image_size, in_channels)`` to logits ``(N, num_classes)``."""
+        side, channels = self.size.image_size, self.size.in_channels
+        check(
+            x.ndim == 4 and x.shape[1:] == (side, side, channels),
+            "images must be (N, image_size, image_size, in_channels)",
+            image_size=side,
+            in_channels=channels,
+            shape=x.shape,
+        )
         patches = self.patch_embed(x)
         token = jnp.asarray(self.cls_token[...], patches.dtype)
         first = jnp.broadcast_to(token, (x.shape[0], *token.shape[1:]))
