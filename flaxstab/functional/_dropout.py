@@ -215,5 +215,7 @@ def _check(p: float, mask: Array) -> None:
 def _masked(x: Array, mask: Array, scale: float) -> Array:
     """Multiplies, also by 0: NaN stays. The scale is that of the dtype, as in torch."""
     # Chosen, not multiplied: 0 times a scale that overflows in 16 bits would be NaN.
-    factors = jnp.where(mask, np.asarray(scale, x.dtype), np.zeros((), x.dtype))
+    with np.errstate(over="ignore"):
+        factor = np.asarray(scale).astype(x.dtype)
+    factors = jnp.where(mask, factor, np.zeros((), x.dtype))
     return x * jnp.broadcast_to(factors, x.shape)
