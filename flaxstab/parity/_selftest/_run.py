@@ -8,7 +8,9 @@ import numpy as np
 
 from flaxstab._checks import check
 from flaxstab.parity._selftest._cases import layers
+from flaxstab.parity._selftest._cases_attention import attention
 from flaxstab.parity._selftest._cases_training import training
+from flaxstab.parity._selftest._faults_attention import ATTENTION
 from flaxstab.parity._selftest._faults_layers import LAYERS
 from flaxstab.parity._selftest._faults_linear import LINEAR
 from flaxstab.parity._selftest._faults_norms import NORMS
@@ -22,12 +24,14 @@ from flaxstab.parity._selftest._plant import Fault, Sides
 from flaxstab.parity._selftest._table import Clean, Outcome, Table
 
 SideChoice = Literal["jax", "torch", "both", "random"]
-FAULTS: tuple[Fault, ...] = (*NORMS, *LINEAR, *LAYERS, *PRECISION, *OPTIM, *STEPS, *LAWS)
+FAULTS: tuple[Fault, ...] = (
+    *NORMS, *LINEAR, *LAYERS, *ATTENTION, *PRECISION, *OPTIM, *STEPS, *LAWS
+)  # fmt: skip
 
 
 def cases() -> Mapping[str, Callable[[], Sides | Law]]:
     """Returns what builds the sides of every case, by name."""
-    return {**layers(), **training(), **laws()}
+    return {**layers(), **attention(), **training(), **laws()}
 
 
 def run(
