@@ -54,7 +54,7 @@ def replay_attention(
     alike = attention_rate(module) == attention_rate(source)
     twins = alike and isinstance(module, torch.nn.MultiheadAttention)
     if twins and isinstance(source, MultiHeadAttention):
-        exchange = _Exchange(nnx.clone(source), tell)
+        exchange = Exchange(nnx.clone(source), tell)
         return [
             module.register_forward_pre_hook(exchange.enter),
             module.register_forward_hook(exchange.leave, always_call=True),
@@ -67,7 +67,7 @@ def replay_attention(
     )
 
 
-class _Exchange:
+class Exchange:
     """Exchanges the two functions when PyTorch's module starts, and back when it has run."""
 
     def __init__(self, layer: MultiHeadAttention, tell: Tell) -> None:
@@ -80,7 +80,7 @@ class _Exchange:
 
         del inputs
         if module.training:
-            stand_ins = (self._dropout(module.num_heads), self._attention)
+            stand_ins = (self._dropout(module.num_heads), self.attention)
             for name, stand_in in zip(_NAMES, stand_ins, strict=True):
                 self.originals[name] = vars(torch_functional)[name]
                 setattr(torch_functional, name, stand_in)
@@ -94,7 +94,7 @@ class _Exchange:
             setattr(torch_functional, name, original)
         self.originals = {}
 
-    def _kept(self, shape: Shape) -> "torch.Tensor":
+    def kept(self, shape: Shape) -> "torch.Tensor":
         """Returns which probabilities the layer's next call keeps."""
         import torch
 
@@ -108,12 +108,12 @@ class _Exchange:
 
         def dropout(weights: "torch.Tensor", p: float) -> "torch.Tensor":
             _, length, keys = weights.shape
-            kept = self._kept((len(weights) // heads, heads, length, keys))
+            kept = self.kept((len(weights) // heads, heads, length, keys))
             return _dropped(weights, kept.reshape(weights.shape), p)
 
         return dropout
 
-    def _attention(
+    def attention(
         self,
         query: "torch.Tensor",
         key: "torch.Tensor",
@@ -125,7 +125,7 @@ class _Exchange:
         """Stands for ``scaled_dot_product_attention``, in the precision that it has on a CPU."""
         import torch
 
-        kept = self._kept((*query.shape[:3], key.shape[2]))
+        kept = self.kept((*query.shape[:3], key.shape[2]))
         wide = torch.promote_types(query.dtype, torch.float32)
         bias = None if attn_mask is None else attn_mask.to(wide)
         plain = torch.ops.aten._scaled_dot_product_attention_math  # also tells the probabilities

@@ -8,9 +8,11 @@ import numpy as np
 
 from flaxstab._checks import check
 from flaxstab.parity._selftest._cases import layers
+from flaxstab.parity._selftest._cases_attention import attention
 from flaxstab.parity._selftest._cases_dropout import dropouts
 from flaxstab.parity._selftest._cases_schedules import schedules
 from flaxstab.parity._selftest._cases_training import training
+from flaxstab.parity._selftest._faults_attention import ATTENTION
 from flaxstab.parity._selftest._faults_dropout import DROPOUT
 from flaxstab.parity._selftest._faults_layers import LAYERS
 from flaxstab.parity._selftest._faults_linear import LINEAR
@@ -27,13 +29,15 @@ from flaxstab.parity._selftest._table import Clean, Outcome, Table
 
 SideChoice = Literal["jax", "torch", "both", "random"]
 FAULTS: tuple[Fault, ...] = (
-    *NORMS, *LINEAR, *LAYERS, *DROPOUT, *PRECISION, *OPTIM, *SCHEDULES, *STEPS, *LAWS,
+    *NORMS, *LINEAR, *LAYERS, *DROPOUT, *ATTENTION, *PRECISION, *OPTIM, *SCHEDULES, *STEPS, *LAWS,
 )  # fmt: skip
 
 
 def cases() -> Mapping[str, Callable[[], Sides | Law]]:
     """Returns what builds the sides of every case, by name."""
-    return {**layers(), **dropouts(), **training(), **schedules(), **laws()}
+    return {
+        **layers(), **dropouts(), **attention(), **training(), **schedules(), **laws(),
+    }  # fmt: skip
 
 
 def run(

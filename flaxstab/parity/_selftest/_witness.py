@@ -152,6 +152,36 @@ def _shifted(x: "torch.Tensor", i: int, j: int, stride: int, out: int) -> "torch
     return x[:, :, i : i + reach : stride, j : j + reach : stride]
 
 
+def attention(
+    layer: "torch.nn.MultiheadAttention",
+    x: "torch.Tensor",
+    memory: "torch.Tensor",
+    mask: "torch.Tensor",
+) -> "torch.Tensor":
+    """Attends from x to a memory, batch first, with a mask of booleans or floats.
+
+    Dropout alone is a call of ``torch.nn.functional``: it is how the mask is replayed.
+    """
+    import torch
+    from torch.nn import functional
+
+    def heads(x: "torch.Tensor", part: int) -> "torch.Tensor":
+        weight, bias = layer.in_proj_weight.chunk(3)[part], layer.in_proj_bias.chunk(3)[part]
+        return (x @ weight.T + bias).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
+
+    q, k, v = heads(x, 0), heads(memory, 1), heads(memory, 2)
+    logits = q @ k.mT / math.sqrt(q.shape[-1])  # (N, H, L, S)
+    mask = mask.unflatten(0, (len(x), -1)) if mask.ndim == 3 else mask
+    is_boolean = mask.dtype == torch.bool
+    logits = logits.masked_fill(mask, -torch.inf) if is_boolean else logits + mask
+    blind = logits.isneginf().all(-1, keepdim=True)
+    weights = torch.where(blind, 0, torch.softmax(logits.masked_fill(blind, 0), -1))
+    if layer.training and layer.dropout > 0:
+        weights = functional.dropout(weights.flatten(0, 1), p=layer.dropout).view_as(weights)
+    mixed = (weights @ v).transpose(1, 2).flatten(2)
+    return mixed @ layer.out_proj.weight.T + layer.out_proj.bias
+
+
 def gelu(x: "torch.Tensor") -> "torch.Tensor":
     """The exact Gaussian error linear unit."""
     import torch
