@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -16,7 +17,7 @@ from flaxstab.functional._recompute import recomputed
 ROWS = 256
 """Queries in a block, at most. Another number draws other dropout masks from the same key."""
 
-Found = TypeVar("Found", Array, tuple[Array, Array])
+Found = TypeVar("Found", Array, tuple[Array, ...])
 
 
 def attention(
@@ -88,7 +89,7 @@ def attention(
     """
     given = Given.of(mask, bias, dropout_key, dropout_mask)
     how = How(is_causal, p, scale, open_keys)
-    output = _in_blocks(query, key, value, given, how, lambda output, _: output)
+    (output,) = _in_blocks(query, key, value, given, how, weighted=False)
     return output.swapaxes(1, 2)  # (N, H, L, Ev) -> (N, L, H, Ev)
 
 
@@ -116,7 +117,7 @@ def attention_weights(
     """
     given = Given.of(mask, bias, dropout_key, dropout_mask)
     how = How(is_causal, p, scale, open_keys)
-    output, weights = _in_blocks(query, key, value, given, how, lambda *both: both)
+    output, weights = _in_blocks(query, key, value, given, how, weighted=True)
     return output.swapaxes(1, 2), weights
 
 
@@ -159,34 +160,52 @@ class _Blocks(NamedTuple):
 
 
 def _in_blocks(
+    query: Array, key: Array, value: Array, given: Given, how: How, *, weighted: bool
+) -> tuple[Array, ...]:
+    """Returns the output and, if wanted, the probabilities, both with the queries on axis 2."""
+    check_shapes(query, key, value, how)
+    given = fitted(given, how, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
+    blocks = _Blocks.of(query.shape[1])
+    return _region(query, key, value, given, how=how, blocks=blocks, weighted=weighted)
+
+
+# Compiled, so that a call outside jit does not trace its loop anew each time.
+@partial(jax.jit, static_argnames=("how", "blocks", "weighted"), inline=True)
+def _region(
     query: Array,
     key: Array,
     value: Array,
     given: Given,
+    *,
     how: How,
-    chosen: Callable[[Array, Array], Found],
-) -> Found:
-    """Returns what is chosen of output and probabilities, both with the queries on axis 2."""
-    check_shapes(query, key, value, how)
-    given = fitted(given, how, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
-    wide = widest(query.dtype, key.dtype, value.dtype)
-    blocks = _Blocks.of(query.shape[1])
-
-    def whole(query: Array, key: Array, value: Array, given: Given) -> Found:
-        # Wide before the loop: so the gradients of key and value add up over the blocks in float32
-        # (test_sixteen_bits_are_as_accurate_as_pytorch).
-        key, value = (jnp.asarray(a, wide).swapaxes(1, 2) for a in (key, value))
-
-        def block(index: Array | int, rows: int) -> Found:
-            start = index * blocks.rows
-            part = jax.lax.dynamic_slice_in_dim(query, start, rows, 1)
-            found = _block(part, key, value, _rows_of(given, start, rows), how, start, index)
-            return jax.tree.map(lambda a: jnp.asarray(a, query.dtype), chosen(*found))
-
-        return _joined(block, blocks)
-
+    blocks: _Blocks,
+    weighted: bool,
+) -> tuple[Array, ...]:
     # Once more around the loop: or key and value would be kept in its layout and dtype.
-    return recomputed(whole)(query, key, value, given)
+    return recomputed(partial(_whole, how, blocks, weighted))(query, key, value, given)
+
+
+def _whole(
+    how: How,
+    blocks: _Blocks,
+    weighted: bool,
+    query: Array,
+    key: Array,
+    value: Array,
+    given: Given,
+) -> tuple[Array, ...]:
+    wide = widest(query.dtype, key.dtype, value.dtype)
+    # Wide before the loop: so the gradients of key and value add up over the blocks in float32
+    # (test_sixteen_bits_are_as_accurate_as_pytorch).
+    key, value = (jnp.asarray(a, wide).swapaxes(1, 2) for a in (key, value))
+
+    def block(index: Array | int, rows: int) -> tuple[Array, ...]:
+        start = index * blocks.rows
+        part = jax.lax.dynamic_slice_in_dim(query, start, rows, 1)
+        found = _block(part, key, value, _rows_of(given, start, rows), how, start, index)
+        return tuple(jnp.asarray(a, query.dtype) for a in found[: 1 + weighted])
+
+    return _joined(block, blocks)
 
 
 def _joined(block: Callable[[Array | int, int], Found], blocks: _Blocks) -> Found:
@@ -283,3 +302,8 @@ def _probabilities(logits: Array) -> Array:
 def _drawn(key: Array, index: Array | int, p: float, shape: Shape) -> Array:
     """Draws the dropout mask of a block."""
     return dropout_mask(jax.random.fold_in(key, index), p, shape)
+
+
+def forget_compiled() -> None:
+    """Makes the next call trace anew, for who replaces a function of this module."""
+    _region.clear_cache()  # type: ignore[attr-defined]  # documented, not annotated

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 
 from flaxstab._typing import DTypeLike
-from flaxstab.functional._standardize import forget_compiled
+from flaxstab.functional import _attention, _standardize
 from flaxstab.parity._inputs import Layout
 
 if TYPE_CHECKING:
@@ -80,12 +80,12 @@ def replaced(owner: object, name: str, make: Callable[[Function], Function]) -> 
     """
     original = vars(owner)[name]
     setattr(owner, name, make(original))
-    forget_compiled()  # or what was compiled before goes on without the fault, and after with it
+    _forget_compiled()  # or what was compiled before goes on without the fault, and after with it
     try:
         yield
     finally:
         setattr(owner, name, original)
-        forget_compiled()
+        _forget_compiled()
 
 
 def argument(owner: object, name: str, **changes: Function) -> Planted:
@@ -141,3 +141,8 @@ def torch_functional() -> "types.ModuleType":
     from torch.nn import functional
 
     return functional
+
+
+def _forget_compiled() -> None:
+    for module in (_attention, _standardize):
+        module.forget_compiled()
