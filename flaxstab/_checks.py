@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxstab._typing import Array, Shape, Sizes
-
-_REAL = (jnp.floating, jnp.integer, jnp.bool_)
+from flaxstab._typing import Array, DTypeLike, Shape, Sizes
 
 
 def check(condition: bool, rule: str, *, fix: str = "", **given: object) -> None:
@@ -71,10 +69,14 @@ def known(value: object, name: str = "value") -> float | None:
         return None
     if isinstance(value, Real):
         return float(value)
-    if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
-        if any(jnp.issubdtype(value.dtype, kind) for kind in _REAL):
-            return float(value)
+    arrays = np.generic | np.ndarray | jax.Array
+    if isinstance(value, arrays) and value.ndim == 0 and _is_real(value.dtype):
+        return float(value)
     _fail(f"{name} must be a single number", "", {name: value})
+
+
+def _is_real(dtype: DTypeLike) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 def number(eps: float | Array) -> float:
