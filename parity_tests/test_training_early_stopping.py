@@ -203,3 +203,9 @@ def test_known_arrays_may_be_arguments_in_a_jitted_function() -> None:
     for bad in ((jnp.int32(0), 0.0), (1, jnp.float32(-1)), (jnp.float32(1), 0.0)):
         with pytest.raises(ValueError, match="must be"):
             jax.jit(lambda value, bad=bad: training.early_stopping(*bad).init(value))(1.0)
+
+
+@pytest.mark.parametrize("value", ["3", None, np.ones(2), 1j, np.str_("3")])
+def test_what_is_no_single_number_is_refused_by_name(value: object) -> None:
+    with pytest.raises(ValueError, match="min_delta must be a single number, got min_delta="):
+        training.early_stopping(1, value)
