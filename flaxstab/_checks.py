@@ -1,11 +1,14 @@
 """One wording for every error: the rule, what was given, the fix."""
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import NoReturn
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from flaxstab._typing import Array, Shape, Sizes
+from flaxstab._typing import Array, DTypeLike, Shape, Sizes
 
 
 def check(condition: bool, rule: str, *, fix: str = "", **given: object) -> None:
@@ -41,6 +44,39 @@ def check_positive(**sizes: int) -> None:
         is_size = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
         if not is_size:
             _fail(f"{name} must be an integer of at least 1", "", {name: value})
+
+
+def known(value: object, name: str = "value") -> float | None:
+    """Returns a number as Python's, or ``None`` if it is traced.
+
+    Compare what this returns and not the value: under ``jit`` JAX traces whatever is computed of
+    an array, of one with a known value too.
+
+    Args:
+      value: a Python number, a scalar of NumPy or JAX, or what ``jit``, ``grad`` or ``vmap`` trace.
+      name: the argument's name, for the error.
+
+    Raises:
+      ValueError: if it is no single real number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rate = jnp.float32(0.5)
+      >>> jax.jit(lambda traced: print(known(rate), known(traced)))(0.5)
+      0.5 None
+    """
+    if isinstance(value, jax.core.Tracer):
+        return None
+    if isinstance(value, Real):
+        return float(value)
+    arrays = np.generic | np.ndarray | jax.Array
+    if isinstance(value, arrays) and value.ndim == 0 and _is_real(value.dtype):
+        return float(value)
+    _fail(f"{name} must be a single number", "", {name: value})
+
+
+def _is_real(dtype: DTypeLike) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 def number(eps: float | Array) -> float:

@@ -209,6 +209,7 @@ def test_a_traced_label_out_of_range_gives_nan_for_its_sample(label: int) -> Non
         ({"labels": jnp.array([0])}, "integer labels must have the logits' shape without its last"),
         ({"labels": jnp.ones((2, 3))}, "class probabilities must have the logits' shape"),
         ({"labels": jnp.array([True, False])}, "labels must be integers or class probabilities, "),
+        ({"ignore_index": 0.5}, "ignore_index must be an integer, got ignore_index=0.5"),
         (
             {"labels": jnp.ones((2, CLASSES)), "ignore_index": 1},
             "ignore_index must be below 0 with class probabilities, .* got ignore_index=1",
@@ -296,3 +297,71 @@ def test_a_traced_smoothing_of_0_ignores_an_impossible_class() -> None:
         return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
 
     assert abs(jax.jit(smoothed)(0.0) - math.log(4)) <= 4 * np.finfo(np.float32).eps
+
+
+NARROW = {
+    "uint8": (200, [1, 156, 199]),  # 156 is -100 in 8 bits
+    "int8": (200, [1, 127, -100]),
+    "uint16": (65600, [1, 65436, 65535]),  # 65436 is -100 in 16 bits
+}
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_labels_of_a_narrow_dtype_count_as_in_torch(
+    dtype: str, kind: Callable[[np.ndarray], jax.Array], label_smoothing: float
+) -> None:
+    """Known, known under ``jit`` and traced."""
+    classes, numbers = NARROW[dtype]
+    logits, labels = values(3, classes), kind(np.array(numbers, dtype))
+    assert labels.dtype == dtype
+    loss = functools.partial(functional.cross_entropy, label_smoothing=label_smoothing)
+    theirs = F.cross_entropy(
+        torch.tensor(logits), torch.tensor(numbers), label_smoothing=label_smoothing
+    )
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        x = jnp.asarray(logits)
+        for found in (
+            loss(x, labels),
+            jax.jit(loss)(x, labels),
+            jax.jit(lambda: loss(x, labels))(),
+        ):
+            assert_same(found, theirs)
+
+
+def test_256_classes_fit_labels_of_one_byte() -> None:
+    logits, labels = jnp.asarray(values(2, 256), jnp.float32), jnp.array([0, 255], jnp.uint8)
+    expected = functional.cross_entropy(logits, jnp.asarray(labels, jnp.int32))
+    assert functional.cross_entropy(logits, labels) == expected
+    assert jnp.isfinite(jax.jit(functional.cross_entropy)(logits, labels))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label"), [("uint32", 2**32 - 100), ("uint32", 2**31), ("int32", 2**31 - 1)]
+)
+def test_a_wide_label_out_of_range_does_not_wrap(dtype: str, label: int) -> None:
+    logits, labels = jnp.zeros((1, CLASSES)), jnp.array([label], dtype)
+    assert jnp.isnan(jax.jit(functional.cross_entropy)(logits, labels))
+    with pytest.raises(ValueError, match="labels must lie in"):
+        functional.cross_entropy(logits, labels)
+
+
+def test_known_arrays_may_be_options_in_a_jitted_function() -> None:
+    logits, labels = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(LABELS, jnp.int32)
+    options = {"label_smoothing": jnp.float32(0.25), "ignore_index": jnp.int32(IGNORED)}
+    loss = jax.jit(lambda x: functional.cross_entropy(x, labels, **options))(logits)
+    plain = {"label_smoothing": 0.25, "ignore_index": IGNORED}
+    assert loss == jax.jit(lambda x: functional.cross_entropy(x, labels, **plain))(logits)
+    soft = jnp.asarray(SOFT, jnp.float32)
+    options["ignore_index"] = jnp.int32(-1)
+    assert jnp.isfinite(jax.jit(lambda x: functional.cross_entropy(x, soft, **options))(logits))
+    options["label_smoothing"] = jnp.float32(1.5)
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\]"):
+        jax.jit(lambda x: functional.cross_entropy(x, soft, **options))(logits)
+
+
+def test_a_traced_ignore_index_is_compared_in_a_dtype_that_holds_it() -> None:
+    logits, labels = jnp.asarray(values(2, 200), jnp.float32), jnp.array([1, 156], jnp.uint8)
+    found = jax.jit(functional.cross_entropy)(logits, labels, ignore_index=-100)
+    assert found == jax.jit(functional.cross_entropy)(logits, labels)

@@ -290,6 +290,33 @@ def test_a_number_may_be_numpys() -> None:
             assert found == f(*arguments)(17)
 
 
+def test_known_arrays_may_be_arguments_in_a_jitted_function() -> None:
+    counts = jnp.arange(130)
+    arrays = {name: list(map(jnp.asarray, arguments)) for name, (_, arguments) in ARGUMENTS.items()}
+    numbers = {name: [a.item() for a in given] for name, given in arrays.items()}
+    found, expected = (
+        jax.jit(lambda n, given=given: {k: f(*given[k])(n) for k, (f, _) in ARGUMENTS.items()})(
+            counts
+        )
+        for given in (arrays, numbers)
+    )
+    for name, rates in expected.items():
+        np.testing.assert_array_equal(found[name], rates)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_count_below_0_is_0(name: str) -> None:
+    make, arguments = ARGUMENTS[name]
+    rates = make(*arguments)(jnp.array([-1000, -1, 0]))
+    assert rates[0] == rates[1] == rates[2]
+    assert make(*arguments)(-1) == make(*arguments)(-0.5) == rates[2]
+
+
+def test_one_known_length_is_checked_beside_a_traced_one() -> None:
+    with pytest.raises(ValueError, match="0 <= warmup_steps < total_steps"):
+        jax.jit(lambda total: optim.warmup_cosine(0.1, -1, total)(0))(10)
+
+
 def test_torch_ref_warms_up_by_the_same_rule() -> None:
     counts = range(60)
     with jax.enable_x64(True):
@@ -342,6 +369,14 @@ def test_a_bad_value_is_refused(name: str, place: int, value: float, message: st
         make(*arguments[:place], value, *arguments[place + 1 :])
     with pytest.raises(ValueError, match=re.escape(message.partition(", got")[0])):
         make(*arguments[:place], jnp.asarray(value), *arguments[place + 1 :])
+
+    @jax.jit
+    def within(count: jax.Array) -> jax.Array:
+        return make(*arguments[:place], known, *arguments[place + 1 :])(count)
+
+    known = jnp.asarray(value)  # but JAX traces what is computed of it
+    with pytest.raises(ValueError, match=re.escape(message.partition(", got")[0])):
+        within(3)
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(10, 10), (11, 10), (-1, 10), (0, 0), (0.5, 10)])

@@ -169,3 +169,43 @@ def test_flaxs_early_stopping_waits_longer_and_takes_a_first_nan_for_the_best() 
     waiting = [(False, False), (False, False), (False, True), (True, True)]
     from_nan = [(False, False), (False, False), (False, False), (True, False)]
     assert stops == waiting + from_nan
+
+
+def test_nothing_need_be_kept() -> None:
+    stopping = training.early_stopping(patience=2)
+    found, expected = stopping.init(), stopping.init(None)
+    for value in (3.0, 4.0, 5.0):
+        found, expected = stopping.update(found, value), stopping.update(expected, value, None)
+        assert found == expected
+    assert bool(found.stop)
+    assert found.kept is None
+
+
+def test_what_was_kept_must_be_given_again() -> None:
+    stopping = training.early_stopping(patience=2)
+    state = stopping.init({"w": jnp.ones(2)})
+    message = "update must be given a tree like the one that init was given, got kept="
+    for kept in (None, {"v": jnp.ones(2)}):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            stopping.update(state, 1.0, kept)
+
+
+def test_known_arrays_may_be_arguments_in_a_jitted_function() -> None:
+    patience, delta = jnp.int32(1), jnp.float32(0.5)
+
+    @jax.jit
+    def stops(values: jax.Array) -> jax.Array:
+        stopping = training.early_stopping(patience, delta)
+        first = stopping.update(stopping.init(), values[0])
+        return stopping.update(first, values[1]).stop
+
+    assert [bool(stops(jnp.array([2.0, second]))) for second in (1.6, 1.4)] == [True, False]
+    for bad in ((jnp.int32(0), 0.0), (1, jnp.float32(-1)), (jnp.float32(1), 0.0)):
+        with pytest.raises(ValueError, match="must be"):
+            jax.jit(lambda value, bad=bad: training.early_stopping(*bad).init(value))(1.0)
+
+
+@pytest.mark.parametrize("value", ["3", None, np.ones(2), 1j, np.str_("3")])
+def test_what_is_no_single_number_is_refused_by_name(value: object) -> None:
+    with pytest.raises(ValueError, match="min_delta must be a single number, got min_delta="):
+        training.early_stopping(1, value)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxstab._checks import check
+from flaxstab._checks import check, known
 from flaxstab._dtypes import aligned, widest
 from flaxstab._typing import Array, Float, Int
 
@@ -19,7 +19,7 @@ def cross_entropy(
     *,
     weight: Float[Array, " classes"] | None = None,
     ignore_index: int = -100,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Array = 0.0,
     reduction: Reduction = "mean",
 ) -> Float[Array, "*batch"]:
     """Computes the cross entropy between logits and class labels.
@@ -61,14 +61,16 @@ def cross_entropy(
       arXiv:1512.00567 (section 7).
     """
     classes = logits.shape[-1]
-    _check_options(label_smoothing, reduction, weight, classes)
+    _check_options(label_smoothing, ignore_index, reduction, weight, classes)
     wide = widest(logits.dtype)
     log_p = jax.nn.log_softmax(jnp.asarray(logits, wide), axis=-1)
     class_weight = jnp.ones(classes, wide) if weight is None else jnp.asarray(weight, wide)
-    smoothing = jnp.asarray(label_smoothing, wide) if _traced(label_smoothing) else label_smoothing
+    plain = known(label_smoothing, "label_smoothing")
+    smoothing = jnp.asarray(label_smoothing, wide) if plain is None else plain
     if jnp.issubdtype(labels.dtype, jnp.floating):
+        ignored = known(ignore_index, "ignore_index")
         check(
-            ignore_index < 0,
+            ignored is None or ignored < 0,
             "ignore_index must be below 0 with class probabilities, which it cannot find",
             ignore_index=ignore_index,
         )
@@ -82,11 +84,23 @@ def cross_entropy(
     return jnp.asarray(result, logits.dtype)
 
 
-def _check_options(smoothing: float, reduction: str, weight: Array | None, classes: int) -> None:
+def _check_options(
+    smoothing: float | Array,
+    ignore_index: int,
+    reduction: str,
+    weight: Array | None,
+    classes: int,
+) -> None:
+    part, ignored = known(smoothing, "label_smoothing"), known(ignore_index, "ignore_index")
     check(
-        _traced(smoothing) or 0.0 <= smoothing <= 1.0,
+        part is None or 0.0 <= part <= 1.0,
         "label_smoothing must lie in [0, 1]",
         label_smoothing=smoothing,
+    )
+    check(
+        ignored is None or ignored.is_integer(),
+        "ignore_index must be an integer",
+        ignore_index=ignore_index,
     )
     check(
         reduction in ("mean", "sum", "none"),
@@ -117,22 +131,22 @@ def _hard(
         logits_shape=log_p.shape,
     )
     classes = log_p.shape[-1]
-    kept = labels != ignore_index
-    in_range = (labels >= 0) & (labels < classes)
-    if not _traced(labels):
-        known = np.asarray(labels)  # not in JAX, which would trace it under jit
-        check(
-            bool(np.all(((known >= 0) & (known < classes)) | (known == ignore_index))),
-            "labels must lie in [0, classes) or equal ignore_index",
-            classes=classes,
-            ignore_index=ignore_index,
-        )
-    index = jnp.where(in_range, labels, 0)
+    # Known labels are compared in NumPy: JAX would trace the result under jit.
+    plain = labels if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
+    kept, in_range = ~_equal(plain, ignore_index), _below(plain, classes)
+    fits = in_range | ~kept
+    check(
+        isinstance(fits, jax.Array) or bool(np.all(fits)),
+        "labels must lie in [0, classes) or equal ignore_index",
+        classes=classes,
+        ignore_index=ignore_index,
+    )
+    index = jnp.asarray(jnp.where(in_range, plain, 0), jnp.int32)
     # An ignored label looks at a class that may be impossible, and 0 times infinity is NaN.
     picked = jnp.where(kept, jnp.take_along_axis(log_p, index[..., None], -1)[..., 0], 0)
     own_weight = jnp.where(kept, jnp.where(in_range, weight[index], jnp.nan), 0)
     losses = (1 - smoothing) * -picked * own_weight
-    if _traced(smoothing) or smoothing > 0:  # not 0 times an impossible class, either
+    if isinstance(smoothing, jax.Array) or smoothing > 0:  # not 0 times an impossible class, either
         smooth = -jnp.sum(log_p * aligned(weight, log_p, weight.dtype), -1) / classes
         losses = losses + jnp.where(kept & (smoothing > 0), smoothing * smooth, 0)
     return losses, jnp.sum(own_weight)
@@ -153,5 +167,19 @@ def _soft(
     return losses, jnp.asarray(losses.size, log_p.dtype)
 
 
-def _traced(value: object) -> bool:
-    return isinstance(value, jax.core.Tracer)
+def _equal(labels: Array | np.ndarray, index: int | Array) -> Array | np.ndarray:
+    """Whether labels equal an integer, which their dtype need not hold: 156 is not -100."""
+    plain = known(index)
+    if plain is None:
+        wide = jnp.promote_types(labels.dtype, jnp.result_type(index))
+        return jnp.asarray(labels, wide) == jnp.asarray(index, wide)
+    limits = jnp.iinfo(labels.dtype)
+    if limits.min <= plain <= limits.max:
+        return labels == labels.dtype.type(int(plain))
+    return np.zeros(labels.shape, np.bool_)
+
+
+def _below(labels: Array | np.ndarray, classes: int) -> Array | np.ndarray:
+    """Whether labels lie in [0, classes)."""
+    limit = min(classes - 1, int(jnp.iinfo(labels.dtype).max))
+    return (labels >= 0) & (labels <= labels.dtype.type(limit))

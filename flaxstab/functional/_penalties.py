@@ -5,11 +5,11 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flaxstab._checks import check
 from flaxstab._dtypes import widest
 from flaxstab._typing import Array, Float, PyTree
+from flaxstab.functional._paths import by_path, is_flag
 
 Mask: TypeAlias = Callable[[PyTree], PyTree] | PyTree  # booleans, or what makes them of parameters
 
@@ -19,8 +19,10 @@ def l1_penalty(*params: PyTree, mask: Mask | None = None) -> Float[Array, ""]:
 
     Args:
       *params: arrays, or trees of them such as ``nnx.state(model, nnx.Param)``.
-      mask: which of them count: a tree of booleans like the parameters', or a function from
-        parameters to one, such as ``optim.decay_mask(model)``; ``None`` = all.
+      mask: which of them count: a tree with a known boolean at each parameter's place, or a
+        function from parameters to one, such as ``optim.decay_mask(model)``; ``None`` = all.
+        Places are compared by path, as in :mod:`flaxstab.optim`: the mask of a pure dict serves
+        the ``nnx.State``, too.
 
     Raises:
       ValueError: if the mask does not hold one boolean per parameter.
@@ -70,15 +72,17 @@ def _sum(
 
 def _chosen(params: PyTree, mask: Mask | None) -> list[Array]:
     """Returns the leaves where the mask is true."""
-    leaves = dict(jax.tree_util.tree_leaves_with_path(params))
     if mask is None:
-        return list(leaves.values())
-    flags = dict(jax.tree_util.tree_leaves_with_path(mask(params) if callable(mask) else mask))
-    names = {path for path, flag in flags.items() if isinstance(flag, bool | np.bool_)}
-    apart = sorted(jax.tree_util.keystr(path) for path in names ^ leaves.keys())
+        return jax.tree.leaves(params)
+    made = by_path(mask(params) if callable(mask) else mask)
+    flags = {path: flag for path, flag in made.items() if flag is not None}
+    places = by_path(params)
+    leaves = {path: leaf for path, leaf in places.items() if leaf is not None}
+    odd = {path for path, flag in flags.items() if path not in places or not is_flag(flag)}
+    apart = sorted(".".join(path) for path in odd | (leaves.keys() - flags.keys()))
     check(
         not apart,
-        "mask must be a tree like the parameters, with one boolean for each",
+        "mask must be a tree like the parameters, with one known boolean for each",
         fix="",
         leaf=", ".join(apart) or "the whole",
     )

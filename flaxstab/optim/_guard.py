@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flaxstab._checks import known
 from flaxstab._typing import Array
 
 _Stepped: TypeAlias = tuple[optax.Updates, optax.OptState]
@@ -83,6 +84,7 @@ def _all_finite(updates: optax.Updates) -> Array:
 
 def _either(finite: Array, take: Callable[[], _Stepped], skip: Callable[[], _Stepped]) -> _Stepped:
     """Calls one of two functions; what is known need not be compiled anew in each step."""
-    if isinstance(finite, jax.core.Tracer):
+    value = known(finite)
+    if value is None:
         return jax.lax.cond(finite, take, skip)
-    return take() if finite else skip()
+    return take() if value else skip()

@@ -9,8 +9,9 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import Array, PyTree
+from flaxstab.functional._paths import Names, absent, by_path, path_names
 
-Path: TypeAlias = tuple[str, ...]
+Path: TypeAlias = Names
 T = TypeVar("T")
 
 
@@ -85,7 +86,7 @@ def like(params: optax.Params, lookup: Callable[[Path], T], known: Mapping[Path,
     Raises:
       ValueError: if a leaf is not a parameter of the model.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_absent)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=absent)
     found = []
     for path, leaf in leaves:
         names = path_names(path)
@@ -124,35 +125,8 @@ def beside(tree: PyTree, params: optax.Params, rule: str, fix: str) -> list[PyTr
     return [given[path] for path, leaf in wanted.items() if leaf is not None]
 
 
-def by_path(tree: PyTree) -> dict[Path, PyTree]:
-    """Returns a tree's leaves by path, ``None`` among them."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_absent)
-    return {path_names(path): leaf for path, leaf in leaves}
-
-
 def _form(tree: PyTree) -> object:
     return jax.tree.structure(tree)
-
-
-def _absent(leaf: object) -> bool:
-    return leaf is None
-
-
-def path_names(path: tuple[object, ...]) -> Path:
-    """Returns the names along a JAX key path, without the step from a variable to its value."""
-    value = jax.tree_util.GetAttrKey("value")
-    return tuple(_name(entry) for entry in path if entry != value)
-
-
-def _name(entry: object) -> str:
-    match entry:
-        case jax.tree_util.DictKey(key=key) | jax.tree_util.FlattenedIndexKey(key=key):
-            return str(key)
-        case jax.tree_util.SequenceKey(idx=index):
-            return str(index)
-        case jax.tree_util.GetAttrKey(name=name):
-            return name
-    return str(entry)
 
 
 def table(*rows: Sequence[object]) -> str:

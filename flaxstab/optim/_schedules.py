@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flaxstab._checks import check
+from flaxstab._checks import check, known
 from flaxstab._typing import Array, ArrayLike, DTypeLike
 
 Number = float | Array  # a number or a traced scalar
@@ -33,7 +33,8 @@ def warmup_cosine(
 
     Returns:
       A function from the number of steps taken so far to the learning rate, in float32 (float64
-      where JAX's x64 mode is on). The first step's rate is 0 if there is a warmup.
+      where JAX's x64 mode is on). The first step's rate is 0 if there is a warmup. A number below
+      0 counts as 0.
 
     Raises:
       ValueError: if the steps do not fit, or a rate is negative, infinite or NaN.
@@ -51,15 +52,18 @@ def warmup_cosine(
       I. Loshchilov, F. Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2016,
       arXiv:1608.03983 (equation 5).
     """
-    _check_rates(peak=peak, end=end)
-    lengths = (warmup_steps, total_steps)
-    traced = any(isinstance(n, jax.core.Tracer) for n in lengths)
+    peak, end = _rates(peak=peak, end=end)
+    first, last = known(warmup_steps, "warmup_steps"), known(total_steps, "total_steps")
     check(
-        traced or (all(map(_whole, lengths)) and 0 <= int(warmup_steps) < int(total_steps)),
+        (first is None or (_whole(warmup_steps) and first >= 0))
+        and (last is None or (_whole(total_steps) and last >= 1))
+        and (first is None or last is None or first < last),
         "warmup_steps and total_steps must be integers with 0 <= warmup_steps < total_steps",
         warmup_steps=warmup_steps,
         total_steps=total_steps,
     )
+    warmup_steps = warmup_steps if first is None else int(first)
+    total_steps = total_steps if last is None else int(last)
 
     def schedule(count: ArrayLike) -> Array:
         step, wide = _signed(count), _wide()
@@ -103,8 +107,8 @@ def cosine_annealing(base: Number, T_max: Steps, eta_min: Number = 0.0) -> optax
       I. Loshchilov, F. Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2016,
       arXiv:1608.03983 (equation 5, without the restarts).
     """
-    _check_rates(base=base, eta_min=eta_min)
-    _check_lengths(T_max=T_max)
+    base, eta_min = _rates(base=base, eta_min=eta_min)
+    (T_max,) = _lengths(T_max=T_max)  # noqa: N806
 
     def schedule(count: ArrayLike) -> Array:
         step = _signed(count)
@@ -143,9 +147,9 @@ def linear_warmup(base: Number, warmup_steps: Steps, start_factor: Number) -> op
       ``LinearLR``, which refuses ``start_factor=0``, and with ``total_iters=0`` stays at
       ``start_factor * base`` for good; that is refused here.
     """
-    _check_rates(base=base)
-    _check_lengths(warmup_steps=warmup_steps)
-    _check(lambda part: 0 <= part <= 1, "lie in [0, 1]", start_factor=start_factor)
+    (base,) = _rates(base=base)
+    (warmup_steps,) = _lengths(warmup_steps=warmup_steps)
+    (start_factor,) = _parts(start_factor=start_factor)
 
     def schedule(count: ArrayLike) -> Array:
         step, wide = _signed(count), _wide()
@@ -178,8 +182,8 @@ def step(base: Number, step_size: Steps, gamma: Number = 0.1) -> optax.Schedule:
       >>> [round(float(rate(count)), 5) for count in (0, 29, 30, 60)]
       [0.1, 0.1, 0.01, 0.001]
     """
-    _check_rates(base=base, gamma=gamma)
-    _check_lengths(step_size=step_size)
+    base, gamma = _rates(base=base, gamma=gamma)
+    (step_size,) = _lengths(step_size=step_size)
 
     def schedule(count: ArrayLike) -> Array:
         taken, wide = _signed(count), _wide()
@@ -233,11 +237,13 @@ def one_cycle(
       L. Smith, N. Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large
       Learning Rates", 2017, arXiv:1708.07120.
     """
-    _check_rates(max_lr=max_lr)
-    _check_lengths(total_steps=total_steps)
-    _check(lambda part: 0 <= part <= 1, "lie in [0, 1]", pct_start=pct_start)
+    (max_lr,) = _rates(max_lr=max_lr)
+    (total_steps,) = _lengths(total_steps=total_steps)
+    (pct_start,) = _parts(pct_start=pct_start)
     factors = {"div_factor": div_factor, "final_div_factor": final_div_factor}
-    _check(lambda factor: 0 < factor < math.inf, "be finite and above 0", **factors)
+    div_factor, final_div_factor = _checked(
+        lambda factor: 0 < factor < math.inf, "be finite and above 0", **factors
+    )
 
     def schedule(count: ArrayLike) -> Array:
         step, wide = _signed(count), _wide()
@@ -284,9 +290,9 @@ def document_schedule(
       >>> [round(float(rate(step)), 4) for step in (0, 1, 2, 3, 4, 5, 9, 10)]
       [0.025, 0.05, 0.075, 0.075, 0.075, 0.0375, 0.0375, 0.0]
     """
-    _check_rates(base=base)
-    _check_lengths(steps_per_epoch=steps_per_epoch, epochs=epochs)
-    _check(lambda n: _whole(n) and n >= 0, "be an integer of at least 0", warmup=warmup)
+    (base,) = _rates(base=base)
+    steps_per_epoch, epochs = _lengths(steps_per_epoch=steps_per_epoch, epochs=epochs)
+    (warmup,) = _lengths(0, warmup=warmup)
 
     def schedule(count: ArrayLike) -> Array:
         step, wide = _signed(count), _wide()
@@ -314,8 +320,8 @@ def _half_cosine(low: Number, high: Number, left: Array, length: Number) -> Arra
 
 def _float(number: Number) -> Number:
     """Returns a known number with all its digits, a traced one in the dtype of learning rates."""
-    is_traced = isinstance(number, jax.core.Tracer)
-    return jnp.asarray(number, _wide()) if is_traced else float(number)
+    value = known(number)
+    return jnp.asarray(number, _wide()) if value is None else value
 
 
 def _wide() -> DTypeLike:
@@ -324,16 +330,20 @@ def _wide() -> DTypeLike:
 
 
 def _signed(count: ArrayLike) -> Array:
-    """Returns a number of steps that can be subtracted from: ``nnx.Optimizer`` counts unsigned."""
+    """Returns a number of steps, at least 0, that can be subtracted from.
+
+    ``nnx.Optimizer`` counts unsigned.
+    """
     steps = jnp.asarray(count)
     is_float = jnp.issubdtype(steps.dtype, jnp.floating)
-    return steps if is_float else jnp.asarray(steps, jnp.result_type(int))
+    return jnp.maximum(steps if is_float else jnp.asarray(steps, jnp.result_type(int)), 0)
 
 
 def _log(factor: Number) -> Number:
-    if isinstance(factor, jax.core.Tracer):
+    value = known(factor)
+    if value is None:
         return jnp.maximum(jnp.log(_float(factor)), _ZEROED)
-    return math.log(factor) if factor > 0 else _ZEROED
+    return math.log(value) if value > 0 else _ZEROED
 
 
 def _or_one(length: Number) -> Number:
@@ -341,19 +351,33 @@ def _or_one(length: Number) -> Number:
     return jnp.where(length > 0, length, 1) if isinstance(length, jax.Array) else length or 1.0
 
 
-def _check(valid: Callable[[Number], bool | Array], rule: str, **given: Number) -> None:
-    """Checks what is known; traced values pass."""
+def _checked(valid: Callable[[float], bool], rule: str, **given: Number) -> tuple[Number, ...]:
+    """Returns what is known as Python numbers, checked; traced values pass."""
+    found: list[Number] = []
     for name, value in given.items():
-        if not isinstance(value, jax.core.Tracer):
-            check(bool(valid(value)), f"{name} must {rule}", fix="", **{name: value})
+        plain = known(value, name)
+        check(plain is None or valid(plain), f"{name} must {rule}", fix="", **{name: value})
+        found.append(value if plain is None else plain)
+    return tuple(found)
 
 
-def _check_rates(**rates: Number) -> None:
-    _check(lambda rate: 0 <= rate < math.inf, "be finite and at least 0", **rates)
+def _rates(**rates: Number) -> tuple[Number, ...]:
+    return _checked(lambda rate: 0 <= rate < math.inf, "be finite and at least 0", **rates)
 
 
-def _check_lengths(**steps: Steps) -> None:
-    _check(lambda n: _whole(n) and n >= 1, "be an integer of at least 1", **steps)
+def _parts(**parts: Number) -> tuple[Number, ...]:
+    return _checked(lambda part: 0 <= part <= 1, "lie in [0, 1]", **parts)
+
+
+def _lengths(minimum: int = 1, **steps: Steps) -> tuple[Steps, ...]:
+    """Returns numbers of steps as Python integers; traced ones pass."""
+    found: list[Steps] = []
+    for name, value in steps.items():
+        plain = known(value, name)
+        valid = plain is None or (_whole(value) and plain >= minimum)
+        check(valid, f"{name} must be an integer of at least {minimum}", fix="", **{name: value})
+        found.append(value if plain is None else int(plain))
+    return tuple(found)
 
 
 def _whole(number: Number) -> bool:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxstab._checks import check
+from flaxstab._checks import check, known
 from flaxstab._typing import Array, ArrayLike, PyTree
 
 
@@ -31,12 +31,12 @@ class EarlyStopping(NamedTuple):
     """Two functions that belong together, as in an optax transformation.
 
     Attributes:
-      init: from what shall be kept, or ``None``, to the state before the first value.
+      init: from what shall be kept, if anything, to the state before the first value.
       update: from the state, the next value and what belongs to it to the next state.
     """
 
-    init: Callable[[PyTree], EarlyStoppingState]
-    update: Callable[[EarlyStoppingState, ArrayLike, PyTree], EarlyStoppingState]
+    init: Callable[..., EarlyStoppingState]
+    update: Callable[..., EarlyStoppingState]
 
 
 def early_stopping(
@@ -56,11 +56,13 @@ def early_stopping(
       mode: ``'min'`` for a loss, ``'max'`` for an accuracy.
 
     Returns:
-      The functions ``init(kept)`` and ``update(state, value, kept)``, where ``kept`` is a tree of
-      arrays such as ``nnx.state(model)``, always of the same structure.
+      The functions ``init(kept=None)`` and ``update(state, value, kept=None)``, where ``kept`` is
+      a tree of arrays such as ``nnx.state(model)``, always of the same structure. Without it
+      nothing is kept.
 
     Raises:
-      ValueError: if an argument is out of range while it is known.
+      ValueError: if an argument is out of range while it is known, or ``kept`` has another
+        structure than before.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,23 +78,27 @@ def early_stopping(
       knows no ``'max'``, waits one value longer, and after a first value of NaN sees no
       improvement any more.
     """
-    if not isinstance(patience, jax.core.Tracer):
-        whole = jnp.issubdtype(jnp.result_type(patience), jnp.integer)
-        rule = "patience must be an integer of at least 1"
-        check(bool(whole and patience >= 1), rule, patience=patience)
-    if not isinstance(min_delta, jax.core.Tracer):
-        rule = "min_delta must be finite and at least 0"
-        check(bool(0 <= min_delta < math.inf), rule, min_delta=min_delta)
+    least, margin = known(patience, "patience"), known(min_delta, "min_delta")
+    whole = jnp.issubdtype(jnp.result_type(patience), jnp.integer)
+    rule = "patience must be an integer of at least 1"
+    check(bool(whole) and (least is None or least >= 1), rule, patience=patience)
+    rule = "min_delta must be finite and at least 0"
+    check(margin is None or 0 <= margin < math.inf, rule, min_delta=min_delta)
     check(mode in ("min", "max"), "mode must be 'min' or 'max'", mode=mode)
     sign = 1 if mode == "min" else -1
 
-    def init(kept: PyTree) -> EarlyStoppingState:
+    def init(kept: PyTree = None) -> EarlyStoppingState:
         worst = jnp.asarray(sign * math.inf, jnp.result_type(float))
         return EarlyStoppingState(
             worst, jnp.zeros((), jnp.int32), jnp.asarray(False), jax.tree.map(jnp.copy, kept)
         )
 
-    def update(state: EarlyStoppingState, value: ArrayLike, kept: PyTree) -> EarlyStoppingState:
+    def update(
+        state: EarlyStoppingState, value: ArrayLike, kept: PyTree = None
+    ) -> EarlyStoppingState:
+        given, before = (str(jax.tree.structure(tree)) for tree in (kept, state.kept))
+        rule = "update must be given a tree like the one that init was given"
+        check(given == before, rule, kept=given, before=before)
         new = jnp.asarray(value, state.best.dtype)
         delta = jnp.asarray(min_delta, state.best.dtype)
         improved = sign * new < sign * state.best - delta
