@@ -1,7 +1,7 @@
 """Parameters by their path in the model, which every form of a tree of them shares."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import optax
@@ -21,13 +21,15 @@ class Parameter(NamedTuple):
       path: its names from the model down, the same for ``nnx.State`` and pure dicts.
       shape: its shape.
       variable: the ``nnx.Param`` that holds it.
-      owner: the module that holds that.
+      owner: the module that holds that; with lists and dicts of parameters, the one around them.
+      others: the same leaf at the other places of a shared variable.
     """
 
     path: Path
     shape: tuple[int, ...]
     variable: nnx.Variable[Array]
     owner: nnx.Module
+    others: tuple["Parameter", ...] = ()
 
     @property
     def name(self) -> str:
@@ -44,11 +46,41 @@ def parameters(model: nnx.Module) -> Iterator[Parameter]:
         model_type=type(model).__name__,
     )
     modules = dict(nnx.iter_modules(model))
+    shared = _shared(modules)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        owner = next(modules[path[:n]] for n in range(len(path) - 1, -1, -1) if path[:n] in modules)
+        owner = _owner(path, modules)
         names = tuple(str(name) for name in path)
         for below, leaf in jax.tree_util.tree_leaves_with_path(variable.get_value()):
-            yield Parameter(names + path_names(below), tuple(leaf.shape), variable, owner)
+            rest, shape = path_names(below), tuple(leaf.shape)
+            others = tuple(
+                Parameter(place + rest, shape, variable, other)
+                for place, other in shared.get(names, ())
+            )
+            yield Parameter(names + rest, shape, variable, owner, others)
+
+
+def _owner(path: tuple[object, ...], modules: Mapping[tuple[object, ...], object]) -> nnx.Module:
+    """Returns the innermost module around a variable that is more than a container."""
+    around = [modules[path[:n]] for n in range(len(path) - 1, -1, -1) if path[:n] in modules]
+    owners = [module for module in around if not isinstance(module, nnx.List | nnx.Dict)]
+    return cast(nnx.Module, (owners or around)[0])
+
+
+def _shared(
+    modules: Mapping[tuple[object, ...], object],
+) -> dict[Path, list[tuple[Path, nnx.Module]]]:
+    """Returns, for each place of a variable that several modules hold, the other places."""
+    held: dict[int, list[tuple[Path, nnx.Module]]] = {}
+    for path, module in modules.items():
+        for name, variable in vars(module).items():
+            if isinstance(variable, nnx.Param):
+                place = (*map(str, path), name)
+                held.setdefault(id(variable), []).append((place, _owner((*path, name), modules)))
+    return {
+        place: [other for other in places if other[0] != place]
+        for places in held.values()
+        for place, _ in places
+    }
 
 
 def chosen(model: nnx.Module, filters: Sequence[object]) -> list[set[Path]]:
