@@ -31,7 +31,7 @@ def in_float64() -> list[tuple[Trace, Trace]]:
     gradients |= {"gain": None}
     theirs = [optimizers.run_torch(case.twin, params, gradients) for case in CASES]
     with jax.enable_x64(True):
-        ours = optimizers.run_ours([case.make() for case in CASES], params, gradients)
+        ours = optimizers.run_ours([case.make(own_steps=True) for case in CASES], params, gradients)
     return list(zip(ours, theirs, strict=True))
 
 
@@ -88,15 +88,23 @@ def test_what_is_kept_in_bfloat16_is_less_accurate_than_torchs() -> None:
 
 PLAIN, DECAYED, AMSGRAD, MOMENTUM, DAMPENED = 0, 3, 12, 56, 64
 WRONG = {  # a case of PyTorch's, an optimizer that is not it, the quantities that give it away
-    "decays": (PLAIN, lambda rate: optim.adamw(rate, weight_decay=0.05), {"update", "param"}),
-    "L2": (DECAYED, lambda rate: optim.adam(rate, weight_decay=0.05), {"mu", "nu"}),
-    "climbs": (PLAIN, lambda rate: optim.adam(rate, maximize=True), {"mu"}),
-    "eps": (PLAIN, lambda rate: optim.adam(rate, eps=1.1e-8), {"update"}),
-    "beta": (PLAIN, lambda rate: optim.adam(rate, (0.9, 0.9991)), {"nu"}),
-    "no maximum": (AMSGRAD, optim.adam, {"update"}),
-    "momentum": (MOMENTUM, lambda rate: optim.sgd(rate, 0.91), {"trace"}),
-    "no dampening": (DAMPENED, lambda rate: optim.sgd(rate, 0.9), {"trace"}),
-    "nesterov": (MOMENTUM, lambda rate: optim.sgd(rate, 0.9, nesterov=True), {"update"}),
+    "decays": (
+        PLAIN,
+        lambda rate: optim.adamw(rate, weight_decay=0.05, own_steps=True),
+        {"update", "param"},
+    ),
+    "L2": (DECAYED, lambda rate: optim.adam(rate, weight_decay=0.05, own_steps=True), {"mu", "nu"}),
+    "climbs": (PLAIN, lambda rate: optim.adam(rate, maximize=True, own_steps=True), {"mu"}),
+    "eps": (PLAIN, lambda rate: optim.adam(rate, eps=1.1e-8, own_steps=True), {"update"}),
+    "beta": (PLAIN, lambda rate: optim.adam(rate, (0.9, 0.9991), own_steps=True), {"nu"}),
+    "no maximum": (AMSGRAD, lambda rate: optim.adam(rate, own_steps=True), {"update"}),
+    "momentum": (MOMENTUM, lambda rate: optim.sgd(rate, 0.91, own_steps=True), {"trace"}),
+    "no dampening": (DAMPENED, lambda rate: optim.sgd(rate, 0.9, own_steps=True), {"trace"}),
+    "nesterov": (
+        MOMENTUM,
+        lambda rate: optim.sgd(rate, 0.9, nesterov=True, own_steps=True),
+        {"update"},
+    ),
 }
 
 

@@ -29,15 +29,19 @@ def test_a_bare_boolean_mask_is_refused(name: str, mask: object) -> None:
 
 
 BAD = [  # an optimizer, what PyTorch refuses by its own names, and what we say
-    ("adamw", {"lr": -1.0}, "learning_rate, eps and weight_decay must .* got learning_rate=-1"),
-    ("adam", {"lr": -1.0}, "learning_rate, eps and weight_decay must .* got learning_rate=-1"),
+    (
+        "adamw",
+        {"lr": -1.0},
+        "^learning_rate must be finite and at least 0, got learning_rate=-1.0.$",
+    ),
+    ("adam", {"lr": -1.0}, "^learning_rate must .* got learning_rate=-1.0.$"),
     ("adamw", {"eps": -1e-8}, "eps=-1e-08"),
     ("adamw", {"weight_decay": -0.1}, "weight_decay=-0.1"),
     ("adam", {"weight_decay": -0.1}, "weight_decay=-0.1"),
     ("adamw", {"betas": (1.0, 0.999)}, r"betas must lie in \[0, 1\), got betas=\(1.0, 0.999\)"),
     ("adam", {"betas": (0.9, -0.1)}, r"betas must lie in \[0, 1\)"),
     ("adamw", {"betas": (0.9, math.nan)}, r"betas must lie in \[0, 1\)"),
-    ("sgd", {"lr": -1.0}, "learning_rate, momentum and weight_decay must .* learning_rate=-1"),
+    ("sgd", {"lr": -1.0}, "^learning_rate must .* learning_rate=-1.0.$"),
     ("sgd", {"momentum": -0.5}, "momentum=-0.5"),
     ("sgd", {"weight_decay": -1.0}, "weight_decay=-1.0"),
     ("sgd", {"nesterov": True}, "nesterov needs a momentum above 0 .*, got momentum=0.0"),

@@ -1,5 +1,6 @@
 """Frozen parameters, groups with options of their own, and layer-wise learning-rate decay."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -214,7 +215,9 @@ def test_layer_decay_of_a_stack_is_that_of_its_layers() -> None:
 @pytest.mark.parametrize(
     ("decay", "blocks", "message"),
     [
-        (0.0, "blocks", "decay must be above 0, got decay=0.0"),
+        (0.0, "blocks", "decay must be finite and above 0, got decay=0.0"),
+        (math.inf, "blocks", "decay must be finite and above 0, got decay=inf"),
+        ("0.5", "blocks", "decay must be a number"),
         (0.5, "layers", "blocks must be the path of the model's blocks, got blocks='layers'"),
         (0.5, "head", r"stacked along the first axis, .*lengths=\[\(2,\), \(3,\)\]"),
     ],
@@ -262,3 +265,55 @@ def test_frozen_parameters_have_no_moments_in_nnx_optimizer(tx: object, form: st
 def test_a_wrong_freeze_mask_is_refused_with_the_leaf() -> None:
     with pytest.raises(ValueError, match=r"got on_one_side_only=\['b'\]"):
         optim.freeze(optax.sgd(0.1), {"a": True}).init({"a": jnp.ones(1), "b": jnp.ones(1)})
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_parameter_that_is_unfrozen_begins_as_torchs(own: bool) -> None:
+    """Three steps without the backbone, then three with it."""
+    params, rng = {"backbone": np.ones(3), "head": np.ones(2)}, np.random.default_rng(0)
+    steps = [{n: rng.normal(size=p.shape) for n, p in params.items()} for _ in range(6)]
+    tensors = {n: torch.nn.Parameter(torch.tensor(p)) for n, p in params.items()}
+    theirs = torch.optim.AdamW(tensors.values(), lr=0.1)
+    for i, step in enumerate(steps):
+        for name, tensor in tensors.items():
+            held = i < 3 and name == "backbone"
+            tensor.grad = None if held else torch.tensor(step[name])
+        theirs.step()
+    with jax.enable_x64(True):
+        ours = {name: jnp.asarray(p) for name, p in params.items()}
+        tx = optax.chain(optim.clip_grad_norm(1e9), optim.adamw(0.1, own_steps=own))
+        frozen = optim.freeze(tx, {"backbone": True, "head": False})
+        state = frozen.init(ours)
+        for i, step in enumerate(steps):
+            if i == 3:
+                with pytest.raises(ValueError, match=r"only=\['backbone'\].*optim.thaw"):
+                    tx.update(ours, state, ours)
+                state = optim.thaw(tx, state, ours)
+                assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(ours))
+            updates, state = (frozen if i < 3 else tx).update(step, state, ours)
+            ours = optax.apply_updates(ours, updates)
+        near = {n: np.allclose(ours[n], t.detach(), rtol=1e-7) for n, t in tensors.items()}
+    assert near == {"backbone": own, "head": True}
+
+
+def test_thaw_refuses_the_state_of_another_optimizer() -> None:
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    adam, sgd = optim.adamw(0.1), optim.sgd(0.1, 0.9)
+    with pytest.raises(ValueError, match="the states must be of the same kinds"):
+        optim.thaw(adam, sgd.init(params), params)
+    with pytest.raises(ValueError, match=r"in their shapes, got odd=\['b'\]"):
+        optim.thaw(adam, adam.init(params), {"a": jnp.ones(2)})
+
+
+def test_layer_decay_refuses_a_place_above_the_list_of_blocks() -> None:
+    """Blocks of one shape look as a stack does."""
+
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            rngs = nnx.Rngs(0)
+            self.blocks = nnx.Sequential(*[nnx.Linear(4, 4, rngs=rngs) for _ in range(3)])
+
+    with pytest.raises(ValueError, match=r"must be the list itself, .*listed=\['layers.0.bias'"):
+        optim.layer_decay(Net(), 0.5, blocks="blocks")
+    found = optim.layer_decay(Net(), 0.5, blocks="blocks.layers").depths
+    assert found[("blocks", "layers", "1", "kernel")].depths == (2,)

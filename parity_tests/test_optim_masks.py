@@ -318,3 +318,38 @@ def test_rank_decides_wrongly_where_the_mask_decides_right() -> None:
     params = nnx.state(attention, nnx.Param)
     by_rank = jax.tree.map(lambda leaf: np.ndim(leaf) > 1, params)
     assert jax.tree.leaves(by_rank) != jax.tree.leaves(optim.decay_mask(attention)(params))
+
+
+class LayerNorm2d(nnx.Module):
+    """A norm by name only, whose parameters are called otherwise, one in a list."""
+
+    def __init__(self) -> None:
+        self.weight, self.beta = nnx.Param(jnp.ones(4)), nnx.Param(jnp.ones(4))
+        self.gammas = nnx.List([nnx.Param(jnp.ones(4))])
+
+
+class NormalizedLinear(nnx.Module):
+    """No norm, though its name begins like one's."""
+
+    def __init__(self) -> None:
+        self.matrix, self.gain = nnx.Param(jnp.ones((4, 4))), nnx.Param(jnp.ones(4))
+
+
+def test_a_norm_is_known_by_a_word_of_its_name_and_through_lists() -> None:
+    assert decaying(LayerNorm2d()) == set()
+    model = NormalizedLinear()
+    assert decaying(model) == {"matrix", "gain"}
+    rows = {line.split()[0]: line for line in str(optim.decay_mask(model)).splitlines()}
+    assert "of one axis: give it a role" in rows["gain"]
+    assert rows["matrix"].endswith("weight")
+
+
+@pytest.mark.parametrize("names", ["az", "za"])
+def test_a_tied_table_is_an_embedding_whatever_its_places_are_called(names: str) -> None:
+    table, head = linear.Embed(5, 4, rngs=nnx.Rngs(0)), nnx.Module()
+    head.kernel = table.embedding
+    model = nnx.Module()
+    setattr(model, names[0], table)
+    setattr(model, names[1], head)
+    assert {role.reason for role in optim.decay_mask(model).roles.values()} == {"embedding"}
+    assert decaying(model, embeddings=False) == set()

@@ -25,3 +25,4 @@ from flaxstab.optim._schedules import step as step
 from flaxstab.optim._schedules import warmup_cosine as warmup_cosine
 from flaxstab.optim._sgd import SgdState as SgdState
 from flaxstab.optim._sgd import sgd as sgd
+from flaxstab.optim._thaw import thaw as thaw

@@ -11,7 +11,7 @@ import optax
 from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.optim._core import Options, Parts, transformation
-from flaxstab.optim._hypers import Hyper, check_hypers, is_traced
+from flaxstab.optim._hypers import Hyper, check_hypers, check_number, is_traced
 from flaxstab.optim._masks import Mask
 
 
@@ -23,16 +23,16 @@ class AdamState(NamedTuple):
       mu: first moments, PyTorch's ``exp_avg``.
       nu: second moments, ``exp_avg_sq``.
       nu_max: the largest second moments so far, ``max_exp_avg_sq``; ``None`` without ``amsgrad``.
-      skipped: how many of the updates each parameter, in the order of the tree's leaves, sat out
-        because its gradient was ``None``; of no elements as long as none did. A parameter's own
-        step number is ``count`` less that.
+      skipped: how many of the updates each parameter, in the order of their paths, sat out because
+        its gradient was ``None``; its own step number is ``count`` less that. ``None`` without
+        ``own_steps``.
     """
 
     count: Array  # type: ignore[assignment]  # optax's name hides a tuple's method
     mu: optax.Updates
     nu: optax.Updates
     nu_max: optax.Updates | None
-    skipped: Array
+    skipped: Array | None
 
 
 class _Decay(NamedTuple):
@@ -79,13 +79,15 @@ def adamw(
     *,
     mask: Mask | None = None,
     state_dtype: DTypeLike | None = None,
+    own_steps: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW with PyTorch's update and defaults.
 
     Same result as ``torch.optim.AdamW``: the parameter first shrinks by
     ``learning_rate * weight_decay``, then takes the Adam step; with ``amsgrad`` the maximum runs
-    over the uncorrected second moments; a parameter whose gradient is ``None`` is left alone, and
-    its own step number with it. Scalars and the step are computed in float32 or wider.
+    over the uncorrected second moments; with ``own_steps`` a parameter whose gradient is ``None``
+    is left alone, and its own step number with it. Scalars and the step are computed in float32 or
+    wider.
 
     Args:
       learning_rate: step size, at least 0; a number, a traced number or a schedule of the number
@@ -99,12 +101,15 @@ def adamw(
         parameters to one (see :func:`decay_mask`); ``None`` = all.
       state_dtype: dtype of the moments; ``None`` = each parameter's. Pass float32 for bfloat16
         parameters: a bfloat16 second moment does not notice a decay of 0.999.
+      own_steps: whether every parameter counts its own steps, so that gradients may be ``None``.
 
     Returns:
       An optax transformation. Its state is an :class:`AdamState`.
 
     Raises:
-      ValueError: if a value is out of range while it is known, or the mask is a bare boolean.
+      ValueError: if a value is out of range while it is known, or the mask is a bare boolean; by
+        ``init`` and ``update`` if mask, gradients or state do not fit the parameters, one of them
+        is complex, or a gradient is ``None`` without ``own_steps``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,7 +129,7 @@ def adamw(
       S. Reddi, S. Kale, S. Kumar, "On the Convergence of Adam and Beyond", 2019,
       arXiv:1904.09237 (amsgrad).
     """
-    options = Options(learning_rate, weight_decay, mask, False, maximize, state_dtype)
+    options = Options(learning_rate, weight_decay, mask, False, maximize, state_dtype, own_steps)
     return _adam(options, betas, eps, amsgrad)
 
 
@@ -138,6 +143,7 @@ def adam(
     *,
     mask: Mask | None = None,
     state_dtype: DTypeLike | None = None,
+    own_steps: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns Adam with PyTorch's update and defaults: weight decay is L2, in the gradient.
 
@@ -155,6 +161,7 @@ def adam(
       maximize: whether to climb; the penalty still pulls towards 0.
       mask: as of :func:`adamw`.
       state_dtype: as of :func:`adamw`.
+      own_steps: as of :func:`adamw`.
 
     Returns:
       An optax transformation. Its state is an :class:`AdamState`.
@@ -177,7 +184,7 @@ def adam(
     Reference:
       D. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", 2014, arXiv:1412.6980.
     """
-    options = Options(learning_rate, weight_decay, mask, True, maximize, state_dtype)
+    options = Options(learning_rate, weight_decay, mask, True, maximize, state_dtype, own_steps)
     return _adam(options, betas, eps, amsgrad)
 
 
@@ -185,10 +192,12 @@ def _adam(
     options: Options, betas: tuple[float | Array, float | Array], eps: float, amsgrad: bool
 ) -> optax.GradientTransformationExtraArgs:
     check_hypers(
-        "learning_rate, eps and weight_decay must be finite and at least 0",
         learning_rate=options.learning_rate, eps=eps, weight_decay=options.weight_decay,
     )  # fmt: skip
-    check(len(betas) == 2, "betas must be two decay rates", betas=betas)
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    check(pair, "betas must be two decay rates", betas=betas)
+    for beta in betas:
+        check_number("betas", beta)
     in_range = all(0 <= float(beta) < 1 for beta in betas if not is_traced(beta))
     check(in_range, "betas must lie in [0, 1)", betas=betas)
     terms = functools.partial(_terms, _Hypers(_decay_rate(betas[0]), _decay_rate(betas[1]), eps))

@@ -10,6 +10,8 @@ import optax
 from flaxstab._checks import check
 from flaxstab._dtypes import widest
 from flaxstab._typing import Array
+from flaxstab.optim._hypers import check_bound
+from flaxstab.optim._paths import check_leaves
 
 
 class ClipState(NamedTuple):
@@ -62,8 +64,7 @@ def clip_grad_norm(
       R. Pascanu, T. Mikolov, Y. Bengio, "On the Difficulty of Training Recurrent Neural
       Networks", 2012, arXiv:1211.5063 (algorithm 1).
     """
-    known = not isinstance(max_norm, jax.core.Tracer)
-    check(not known or max_norm >= 0, "max_norm must be at least 0", max_norm=max_norm)
+    check_bound("max_norm", max_norm)
     check(
         not isinstance(norm_type, jax.core.Tracer),
         "norm_type must be a plain number, not a traced one",
@@ -80,6 +81,7 @@ def clip_grad_norm(
         updates: optax.Updates, state: ClipState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, ClipState]:
         del params
+        check_leaves(_is_real, "gradients must be real", updates)
         norm = jnp.asarray(_total_norm(updates, norm_type), state.norm.dtype)
         nonfinite = ~jnp.isfinite(norm)
         if error_if_nonfinite and not isinstance(norm, jax.core.Tracer):
@@ -93,6 +95,10 @@ def clip_grad_norm(
         return jax.tree.map(scale, updates), ClipState(norm, nonfinite)
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_real(leaf: Array) -> bool:
+    return not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
 
 
 def _total_norm(tree: optax.Updates, order: float) -> Array:
@@ -137,13 +143,13 @@ def clip_grad_value(clip_value: float) -> optax.GradientTransformation:
     Differs from:
       ``optax.clip``, which widens 16-bit gradients if the bound is a float32 array.
     """
-    known = not isinstance(clip_value, jax.core.Tracer)
-    check(not known or clip_value >= 0, "clip_value must be at least 0", clip_value=clip_value)
+    check_bound("clip_value", clip_value)
 
     def update(
         updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params
+        check_leaves(_is_real, "gradients must be real", updates)
 
         def clip(leaf: Array) -> Array:
             bound = jnp.asarray(clip_value, leaf.dtype)

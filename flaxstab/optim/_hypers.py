@@ -28,16 +28,25 @@ def is_traced(value: object) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
-def check_hypers(rule: str, **hypers: Hyper) -> None:
-    """Raises a ``ValueError`` unless those that are known are finite and at least 0.
+def check_hypers(**hypers: Hyper) -> None:
+    """Raises a ``ValueError`` unless those that are known are finite and at least 0."""
+    for name, value in hypers.items():
+        if not callable(value):
+            check_number(name, value)
+            in_range = is_traced(value) or (float(value) >= 0 and math.isfinite(float(value)))
+            check(in_range, f"{name} must be finite and at least 0", fix="", **{name: value})
 
-    Args:
-      rule: what they must be, naming them all.
-      **hypers: numbers, traced numbers and schedules.
-    """
-    given = {name: value for name, value in hypers.items() if not callable(value)}
-    for name, value in given.items():
-        check(np.ndim(value) == 0, f"{name} must be a single number", shape=np.shape(value))
-    known = [float(value) for value in given.values() if not is_traced(value)]
-    shown: dict[str, object] = dict(hypers)
-    check(all(value >= 0 and math.isfinite(value) for value in known), rule, fix="", **shown)
+
+def check_number(name: str, value: object) -> None:
+    """Raises a ``ValueError`` unless given one number, known or traced."""
+    is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    check(is_number, f"{name} must be a number", fix="", **{name: value})
+    shape = getattr(value, "shape", ())
+    check(shape == (), f"{name} must be a single number", shape=shape)
+
+
+def check_bound(name: str, value: float | Array) -> None:
+    """Raises a ``ValueError`` unless a number that is known is at least 0."""
+    check_number(name, value)
+    in_range = is_traced(value) or float(value) >= 0
+    check(in_range, f"{name} must be at least 0", fix="", **{name: value})

@@ -1,5 +1,6 @@
 """Layer-wise learning-rate decay: the deeper a layer lies, the slower it learns."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import optax
 from flax import nnx
 
 from flaxstab._checks import check
+from flaxstab.optim._hypers import check_number
 from flaxstab.optim._masks import role_of, within
 from flaxstab.optim._paths import Parameter, Path, chosen, like, parameters, table
 
@@ -81,8 +83,8 @@ def layer_decay(
       The factors: ``optax.chain(optim.adamw(rate), optim.scale_updates(factors))``.
 
     Raises:
-      ValueError: if there are no parameters at ``blocks``, a stack has no common length, or a
-        filter takes nothing.
+      ValueError: if there are no parameters at ``blocks``, a stack has no common length or holds a
+        list, ``decay`` is out of range, or a filter takes nothing.
 
     Example:
       >>> from flax import nnx
@@ -103,7 +105,8 @@ def layer_decay(
       H. Bao, L. Dong, S. Piao, F. Wei, "BEiT: BERT Pre-Training of Image Transformers", 2021,
       arXiv:2106.08254; its code for fine-tuning numbers the layers as here.
     """
-    check(decay > 0, "decay must be above 0", decay=decay)
+    check_number("decay", decay)
+    check(0 < decay < math.inf, "decay must be finite and above 0", fix="", decay=decay)
     place, known = tuple(blocks.split(".")), list(parameters(model))
     inside = [p for p in known if p.path[: len(place)] == place]
     check(
@@ -141,6 +144,16 @@ def _listed(inside: Sequence[Parameter], place: Path) -> int:
 
 def _stacked(inside: Sequence[Parameter], blocks: str) -> int:
     """Returns how many layers are stacked along the first axis."""
+    below = [p.path[len(blocks.split(".")) :] for p in inside]
+    is_stack = all(path[:1] == ("block",) for path in below)  # of flaxstab.models.Stack
+    numbered = sorted({".".join(path) for path in below if any(map(str.isdecimal, path))})
+    check(
+        is_stack or not numbered,
+        "blocks must be the list itself, or a module whose layers are stacked along the first axis",
+        fix="Lists lie below it: pass the path of the one that holds the blocks.",
+        blocks=blocks,
+        listed=numbered,
+    )
     lengths = {p.shape[:1] for p in inside}
     check(
         len(lengths) == 1 and lengths != {()},

@@ -1,5 +1,6 @@
 """Which parameters decay, decided by their role in the model and not by their rank."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +17,7 @@ from flaxstab.optim._paths import Parameter, Path, beside, chosen, like, paramet
 Mask: TypeAlias = Callable[[optax.Params], optax.Params] | optax.Params
 
 _EMBEDDINGS = (Embed, nnx.Embed)
+_NORM = re.compile("Norm(?![a-z])")  # LayerNorm2d, not NormalizedLinear
 _DECAYING = ("weight", "embedding")
 _BOOLEANS = (bool, np.bool_, np.ndarray, jax.Array)
 
@@ -32,6 +34,11 @@ class Role(NamedTuple):
     shape: tuple[int, ...]
     decays: bool
     reason: str
+
+
+def _shown(role: Role) -> str:
+    doubtful = role.reason == "weight" and len(role.shape) < 2
+    return "weight, of one axis: give it a role if it is none" if doubtful else role.reason
 
 
 class DecayMask:
@@ -57,7 +64,7 @@ class DecayMask:
 
     def __str__(self) -> str:
         rows = [
-            (path, role.shape, "yes" if role.decays else "no", role.reason)
+            (path, role.shape, "yes" if role.decays else "no", _shown(role))
             for path, role in self.roles.items()
         ]
         return table(("parameter", "shape", "decays", "role"), *rows)
@@ -69,11 +76,13 @@ def decay_mask(
     """Returns the mask that decays weights, and neither biases nor normalisation parameters.
 
     Decided by role, never by rank. Exempt are: every parameter of a normalisation layer,
-    flaxstab's, NNX's or one whose class is called ``…Norm``; every ``scale``; every bias (also the
+    flaxstab's, NNX's or one in whose class name the word ``Norm`` occurs (``LayerNorm2d``), also
+    in lists and dicts there; every ``scale``; every bias (also the
     two-dimensional ones of ``nnx.MultiHeadAttention``, ``bias_k`` and ``bias_v``); the slope of
     ``nnx.PReLU``, as PyTorch advises; and every ``nnx.Param`` with ``role`` metadata other than
     ``'weight'`` and ``'embedding'`` (class token, position embedding, layer scale). Stacked layers
-    keep their roles. Low-rank factors decay.
+    keep their roles. A shared parameter is exempt if one of its places says so. Low-rank factors
+    decay. So do parameters of one axis without such a role; the table points them out.
 
     Args:
       model: the model; only its structure is read.
@@ -109,12 +118,22 @@ def decay_mask(
 
 
 def role_of(parameter: Parameter) -> str:
-    """Returns what a parameter is: 'weight', 'bias', 'normalisation', …, or its own metadata."""
+    """Returns what a parameter is: 'weight', 'bias', 'normalisation', …, or its own metadata.
+
+    A shared variable has a role at each of its places; one that exempts it comes first, then
+    'embedding'.
+    """
+    roles = [_role_at(place) for place in (parameter, *parameter.others)]
+    exempting = [role for role in roles if role not in _DECAYING]
+    return exempting[0] if exempting else max(roles, key=_DECAYING.index)
+
+
+def _role_at(parameter: Parameter) -> str:
     role = parameter.variable.get_metadata().get("role")
     owner, name = parameter.owner, parameter.name
     if role is not None:
         return str(role)
-    if isinstance(owner, NORMS) or type(owner).__name__.endswith("Norm"):
+    if isinstance(owner, NORMS) or _NORM.search(type(owner).__name__):
         return "normalisation"
     if isinstance(owner, nnx.PReLU):
         return "slope"

@@ -1,7 +1,7 @@
 """Parameters by their path in the model, which every form of a tree of them shares."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import optax
@@ -22,13 +22,15 @@ class Parameter(NamedTuple):
       path: its names from the model down, the same for ``nnx.State`` and pure dicts.
       shape: its shape.
       variable: the ``nnx.Param`` that holds it.
-      owner: the module that holds that.
+      owner: the module that holds that; with lists and dicts of parameters, the one around them.
+      others: the same leaf at the other places of a shared variable.
     """
 
     path: Path
     shape: tuple[int, ...]
     variable: nnx.Variable[Array]
     owner: nnx.Module
+    others: tuple["Parameter", ...] = ()
 
     @property
     def name(self) -> str:
@@ -45,11 +47,41 @@ def parameters(model: nnx.Module) -> Iterator[Parameter]:
         model_type=type(model).__name__,
     )
     modules = dict(nnx.iter_modules(model))
+    shared = _shared(modules)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        owner = next(modules[path[:n]] for n in range(len(path) - 1, -1, -1) if path[:n] in modules)
+        owner = _owner(path, modules)
         names = tuple(str(name) for name in path)
         for below, leaf in jax.tree_util.tree_leaves_with_path(variable.get_value()):
-            yield Parameter(names + path_names(below), tuple(leaf.shape), variable, owner)
+            rest, shape = path_names(below), tuple(leaf.shape)
+            others = tuple(
+                Parameter(place + rest, shape, variable, other)
+                for place, other in shared.get(names, ())
+            )
+            yield Parameter(names + rest, shape, variable, owner, others)
+
+
+def _owner(path: tuple[object, ...], modules: Mapping[tuple[object, ...], object]) -> nnx.Module:
+    """Returns the innermost module around a variable that is more than a container."""
+    around = [modules[path[:n]] for n in range(len(path) - 1, -1, -1) if path[:n] in modules]
+    owners = [module for module in around if not isinstance(module, nnx.List | nnx.Dict)]
+    return cast(nnx.Module, (owners or around)[0])
+
+
+def _shared(
+    modules: Mapping[tuple[object, ...], object],
+) -> dict[Path, list[tuple[Path, nnx.Module]]]:
+    """Returns, for each place of a variable that several modules hold, the other places."""
+    held: dict[int, list[tuple[Path, nnx.Module]]] = {}
+    for path, module in modules.items():
+        for name, variable in vars(module).items():
+            if isinstance(variable, nnx.Param):
+                place = (*map(str, path), name)
+                held.setdefault(id(variable), []).append((place, _owner((*path, name), modules)))
+    return {
+        place: [other for other in places if other[0] != place]
+        for places in held.values()
+        for place, _ in places
+    }
 
 
 def chosen(model: nnx.Module, filters: Sequence[object]) -> list[set[Path]]:
@@ -91,11 +123,13 @@ def like(params: optax.Params, lookup: Callable[[Path], T], known: Mapping[Path,
     for path, leaf in leaves:
         names = path_names(path)
         if names not in known and leaf is not None:
+            # A bare array is what optax.inject_hyperparams calls what it takes for a schedule with.
+            advice = " With optax.inject_hyperparams name the argument in static_args=('mask',)."
             raise ValueError(
                 "the tree must hold parameters of the model that this was made for, "
                 f"got leaf={'.'.join(names)!r}. "
-                f"Known parameters: {', '.join('.'.join(path) for path in known)}. "
-                "With optax.inject_hyperparams name the argument in static_args=('mask',)."
+                f"Known parameters: {', '.join('.'.join(path) for path in known)}."
+                + ("" if names else advice)
             )
         found.append(lookup(names) if names in known else None)
     return jax.tree.unflatten(treedef, found)
@@ -116,13 +150,62 @@ def beside(tree: PyTree, params: optax.Params, rule: str, fix: str) -> list[PyTr
     if _form(tree) == _form(params):
         return jax.tree.leaves(tree)
     given, wanted = by_path(tree), by_path(params)
-    apart = sorted(
-        ".".join(path)
-        for path in given.keys() ^ wanted.keys()
-        if given.get(path, wanted.get(path)) is not None
-    )
+    missing = {path for path, leaf in wanted.items() if leaf is not None and path not in given}
+    further = {p for p, leaf in given.items() if leaf is not None and wanted.get(p) is None}
+    apart = sorted(".".join(path) for path in missing | further)
     check(not apart, rule, fix=fix, on_one_side_only=apart)
     return [given[path] for path, leaf in wanted.items() if leaf is not None]
+
+
+def in_form_of(old: PyTree, new: PyTree) -> PyTree:
+    """Returns the leaves of ``new`` in the structure of ``old``, which holds the same paths."""
+    if _form(old) == _form(new):
+        return new
+    found = by_path(new)
+    return jax.tree.unflatten(jax.tree.structure(old), [found[path] for path in paths(old)])
+
+
+def paths(tree: PyTree) -> list[Path]:
+    """Returns the paths of a tree's leaves."""
+    return [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def in_order(names: Sequence[Path]) -> list[int]:
+    """Returns every path's place among them in order, with numbers as numbers.
+
+    The order of a tree's leaves depends on its form: as strings, 10 comes before 2.
+    """
+
+    def key(i: int) -> list[tuple[int, str]]:
+        return [(int(n), "") if n.isdecimal() else (-1, n) for n in names[i]]
+
+    places = [0] * len(names)
+    for place, i in enumerate(sorted(range(len(names)), key=key)):
+        places[i] = place
+    return places
+
+
+def check_leaves(valid: Callable[[Array], bool], rule: str, tree: PyTree) -> None:
+    """Raises a ``ValueError`` that names the leaves that are not valid, with their dtypes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    odd = {".".join(path_names(path)): str(a.dtype) for path, a in leaves if not valid(a)}
+    check(not odd, rule, fix="", leaves=odd)
+
+
+def check_shapes(
+    rule: str, found: Sequence[Array | None], params: optax.Params, fix: str = ""
+) -> None:
+    """Raises a ``ValueError`` unless each array has the shape of its parameter."""
+    leaves = jax.tree.leaves(params)
+    pairs = [(a, p) for a, p in zip(found, leaves, strict=True) if a is not None]
+    if all(a.shape == p.shape for a, p in pairs):
+        return
+    odd = {
+        ".".join(path): (a.shape, p.shape)
+        for path, a, p in zip(paths(params), found, leaves, strict=True)
+        if a is not None and a.shape != p.shape
+    }
+    check(not odd, rule, fix=fix, shapes=odd)
 
 
 def _form(tree: PyTree) -> object:

@@ -10,7 +10,7 @@ import optax
 from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.optim._core import Options, Parts, transformation
-from flaxstab.optim._hypers import Hyper, check_hypers, is_traced, is_zero
+from flaxstab.optim._hypers import Hyper, check_hypers, check_number, is_traced, is_zero
 from flaxstab.optim._masks import Mask
 
 
@@ -26,7 +26,7 @@ class SgdState(NamedTuple):
 
     count: Array  # type: ignore[assignment]  # optax's name hides a tuple's method
     trace: optax.Updates | None
-    skipped: Array
+    skipped: Array | None
 
 
 class _Terms(NamedTuple):
@@ -47,6 +47,7 @@ def sgd(
     *,
     mask: Mask | None = None,
     state_dtype: DTypeLike | None = None,
+    own_steps: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns stochastic gradient descent with PyTorch's update and defaults.
 
@@ -67,6 +68,8 @@ def sgd(
       maximize: whether to climb; the penalty still pulls towards 0.
       mask: which parameters decay, as of :func:`adamw`.
       state_dtype: dtype of the buffer; ``None`` = each parameter's.
+      own_steps: as of :func:`adamw`. Without dampening no step number matters, and gradients may be
+        ``None`` all the same.
 
     Returns:
       An optax transformation. Its state is an :class:`SgdState`.
@@ -93,18 +96,18 @@ def sgd(
       I. Sutskever, J. Martens, G. Dahl, G. Hinton, "On the Importance of Initialization and
       Momentum in Deep Learning", 2013 (ICML; equations 3 and 4, with the learning rate outside).
     """
-    check_hypers(
-        "learning_rate, momentum and weight_decay must be finite and at least 0",
-        learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay,
-    )  # fmt: skip
+    check_hypers(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    check_number("momentum", momentum)
+    check_number("dampening", dampening)
     _check_momentum(momentum, dampening, nesterov)
-    options = Options(learning_rate, weight_decay, mask, True, maximize, state_dtype)
+    options = Options(learning_rate, weight_decay, mask, True, maximize, state_dtype, own_steps)
     if is_zero(momentum):
         state = functools.partial(SgdState, trace=None)
-        parts = Parts(state, (), lambda rate, *_: rate, lambda rate, g: (-rate * g,))
+        parts = Parts(state, (), lambda rate, *_: rate, lambda rate, g: (-rate * g,), counts=False)
     else:
         terms = functools.partial(_terms, momentum, dampening)
-        parts = Parts(SgdState, ("trace",), terms, functools.partial(_step, nesterov))
+        counts = not is_zero(dampening)  # only its first gradient is not dampened
+        parts = Parts(SgdState, ("trace",), terms, functools.partial(_step, nesterov), counts)
     return transformation(parts, options)
 
 

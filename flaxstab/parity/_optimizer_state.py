@@ -10,6 +10,7 @@ import optax
 
 from flaxstab import optim
 from flaxstab._typing import PyTree
+from flaxstab.optim._paths import in_order, paths
 from flaxstab.parity._inputs import is_float
 from flaxstab.parity._torch_side import numpy_of
 
@@ -52,8 +53,8 @@ def steps_like_moments(node: optim.AdamState | optax.ScaleByAdamState) -> PyTree
     """Returns every parameter's own step number, in arrays of the shapes of its moments."""
     leaves, treedef = jax.tree.flatten(node.mu)
     skipped = np.zeros(len(leaves), int)
-    if isinstance(node, optim.AdamState) and node.skipped.size:
-        skipped = np.asarray(node.skipped)
+    if isinstance(node, optim.AdamState) and node.skipped is not None:
+        skipped = np.asarray(node.skipped)[in_order(paths(node.mu))]
     steps = [jnp.full(a.shape, node.count - n) for a, n in zip(leaves, skipped, strict=True)]
     return jax.tree.unflatten(treedef, steps)
 

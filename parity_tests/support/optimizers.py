@@ -38,8 +38,8 @@ class Case(NamedTuple):
     theirs: type[torch.optim.Optimizer]
     options: Mapping[str, object]
 
-    def make(self) -> optax.GradientTransformation:
-        return self.ours(RATE, **self.options)
+    def make(self, *, own_steps: bool = False) -> optax.GradientTransformation:
+        return self.ours(RATE, **self.options, own_steps=own_steps)
 
     def twin(self, params: Params) -> torch.optim.Optimizer:
         return self.theirs(params, lr=RATE, foreach=False, **self.options)
@@ -94,11 +94,6 @@ def run_ours(
     """
     given = {name: jnp.asarray(a) for name, a in params.items()}
     starts = [(given, tx.init(given)) for tx in txs]
-    if any(
-        g is None for g in gradients.values()
-    ):  # or the first step would change what the loop carries
-        sizes = jnp.zeros(len(params), jnp.int32)
-        starts = [(p, optax.tree.set(state, skipped=sizes)) for p, state in starts]
 
     def step(carried: list[object], gradient: Mapping[str, jax.Array | None]) -> tuple[object, ...]:
         found = []
@@ -116,7 +111,9 @@ def _named(params: Mapping[str, jax.Array], state: object, updates: object) -> T
     trees = {"param": params, "update": updates, **state._asdict()}
     trees = {key: tree for key, tree in trees.items() if isinstance(tree, dict)}
     trace = {f"{key} {n}": np.asarray(a) for key, tree in trees.items() for n, a in tree.items()}
-    sat = np.asarray(state.skipped) if state.skipped.size else np.zeros((STEPS, len(params)), int)
+    sat = (
+        np.zeros((STEPS, len(params)), int) if state.skipped is None else np.asarray(state.skipped)
+    )
     for i, name in enumerate(sorted(params)):
         trace[f"step {name}"] = np.asarray(state.count) - sat[:, i]
     return trace
