@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flaxstab import dropout, linear, models, norms
-from parity_tests.support.layers import image
+from flaxstab import blocks, dropout, linear, models, norms
+from flaxstab.blocks._residual import Add
+from parity_tests.support.layers import channels_first, channels_last, image
+from torch_ref import blocks as torch_blocks
 from torch_ref import models as torch_models
 from torch_ref import norms as torch_norms
 
@@ -198,6 +200,12 @@ LAYERS: dict[str, Row] = {
     "channel dropout": Row(
         lambda: dropout.ChannelDropout(0.5, rngs=R), lambda: T.Dropout2d(0.5), ((2, 4, 5, 3),),
         _evaluated, lambda t, x: t.eval()(x),
+    ),
+    "layer scale": Row(
+        lambda: Add(blocks.Residual(scale=0.1, layer_scale=0.5), 4),
+        lambda: torch_blocks.Add(0.1, 0.5, 4),
+        (X, X),
+        twin=lambda t, *xs: channels_last(t(*map(channels_first, xs))),
     ),
     "nnx linear": Row(lambda: nnx.Linear(3, 5, rngs=R), lambda: T.Linear(3, 5), ((2, 3),)),
     "nnx linear no bias": Row(
