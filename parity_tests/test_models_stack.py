@@ -50,20 +50,20 @@ def two_steps(model: nnx.Module) -> dict[str, object]:
 
     @jax.jit
     def step(rest: nnx.State) -> tuple[object, ...]:
-        def run(params: nnx.State, x: jax.Array) -> tuple[jax.Array, nnx.State]:
+        def run(params: nnx.State, *inputs: jax.Array) -> tuple[jax.Array, nnx.State]:
             merged = nnx.merge(graph, params, rest, copy=True)
-            y = merged(x, jnp.asarray(0.5))
+            y = merged(*inputs)
             return y, nnx.state(merged, nnx.Not(nnx.Param))
 
-        y, pull, moved = jax.vjp(run, params, jnp.asarray(X), has_aux=True)
+        y, pull, moved = jax.vjp(run, params, jnp.asarray(X), jnp.full(C, 0.5)[None], has_aux=True)
         return y, *pull(cotangent), moved
 
-    first, dparams, dx, rest = step(rest)
-    second, _, _, rest = step(rest)
+    first, dparams, dx, dshift, rest = step(rest)
+    second, *_, rest = step(rest)
     model = nnx.merge(graph, params, rest)
     model.eval()
     evaluated = jax.jit(lambda x: 1 * model(x))(jnp.asarray(X))
-    found = {"first": first, "second": second, "dx": dx, "evaluated": evaluated}
+    found = {"first": first, "second": second, "dx": dx, "dshift": dshift, "evaluated": evaluated}
     return found | {"gradients": dparams, "moved": rest}
 
 
@@ -84,7 +84,7 @@ def test_a_stack_computes_what_its_blocks_do(options: dict[str, object]) -> None
         parts = several(param_dtype=jnp.float64)
         ours = two_steps(Stack(parts, **options))
         theirs = two_steps(Chain(parts, remat="remat" in options))
-        for name in ("first", "second", "dx", "evaluated"):
+        for name in ("first", "second", "dx", "dshift", "evaluated"):
             assert_same(ours[name], theirs[name], size=1.0)
         for name in ("gradients", "moved"):
             expected = stack_of([theirs[name][number] for number in range(len(parts))])

@@ -80,7 +80,8 @@ class Stack(nnx.Module):
         layers: Layers = (self.block,)
         graph, state = nnx.split(layers)
         plain: Callable[..., tuple[Array, PyTree]] = partial(called, call, graph)
-        step = recomputed(plain) if self.remat else plain
+        # Forward and backward pass are loops of their own: there is nothing to keep apart.
+        step = recomputed(plain, prevent_cse=False) if self.remat else plain
         y, moved = jax.lax.scan(
             lambda x, state: step(state, x), x, state, length=self.length, unroll=self.unroll
         )

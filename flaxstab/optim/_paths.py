@@ -46,7 +46,7 @@ def parameters(model: nnx.Module) -> Iterator[Parameter]:
         fix="Pass the built model itself, not its state.",
         model_type=type(model).__name__,
     )
-    modules = dict(nnx.iter_modules(model))
+    modules: dict[tuple[object, ...], object] = {**dict(nnx.iter_modules(model))}
     shared = _shared(modules)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         owner = _owner(path, modules)

@@ -6,8 +6,9 @@ import optax
 
 from flaxstab._checks import check
 from flaxstab._typing import Array, PyTree
+from flaxstab.functional._paths import by_path
 from flaxstab.optim._adam import AdamState
-from flaxstab.optim._paths import by_path, in_order, paths
+from flaxstab.optim._paths import in_order, paths
 from flaxstab.optim._sgd import SgdState
 
 _KINDS = (AdamState, SgdState)

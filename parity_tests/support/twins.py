@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from flax import nnx
 
-from flaxstab import attention, dropout, linear, models, norms
-from parity_tests.support.layers import image
+from flaxstab import attention, blocks, dropout, linear, models, norms
+from flaxstab.blocks._residual import Add
+from parity_tests.support.layers import channels_first, channels_last, image
+from torch_ref import blocks as torch_blocks
 from torch_ref import dropout as torch_dropout
 from torch_ref import models as torch_models
 from torch_ref import norms as torch_norms
@@ -231,6 +233,12 @@ LAYERS: dict[str, Row] = {
         lambda: dropout.RecurrentDropoutCell(nnx.OptimizedLSTMCell(3, 4, rngs=R), 0.5, rngs=R),
         lambda: torch_dropout.VariationalLSTM(3, 4), ((2, 5, 3),),
         lambda layer, x: _evaluated(nnx.RNN(layer), x / 5), lambda t, x: t.eval()(x / 5),
+    ),
+    "layer scale": Row(
+        lambda: Add(blocks.Residual(scale=0.1, layer_scale=0.5), 4),
+        lambda: torch_blocks.Add(0.1, 0.5, 4),
+        (X, X),
+        twin=lambda t, *xs: channels_last(t(*map(channels_first, xs))),
     ),
     "nnx linear": Row(lambda: nnx.Linear(3, 5, rngs=R), lambda: T.Linear(3, 5), ((2, 3),)),
     "nnx linear no bias": Row(
