@@ -48,7 +48,8 @@ def parameters(model: nnx.Module) -> Iterator[Parameter]:
         owner = next(modules[path[:n]] for n in range(len(path) - 1, -1, -1) if path[:n] in modules)
         names = tuple(str(name) for name in path)
         for below, leaf in jax.tree_util.tree_leaves_with_path(variable.get_value()):
-            yield Parameter(names + path_names(below), tuple(leaf.shape), variable, owner)
+            inner = tuple(map(_name, below))
+            yield Parameter(names + inner, tuple(leaf.shape), variable, owner)
 
 
 def chosen(model: nnx.Module, filters: Sequence[object]) -> list[set[Path]]:
@@ -88,7 +89,9 @@ def like(params: optax.Params, lookup: Callable[[Path], T], known: Mapping[Path,
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_absent)
     found = []
     for path, leaf in leaves:
-        names = path_names(path)
+        # As it is, too: in tree mode a gradient is a module, and 'value' may be one of its parts.
+        whole, names = tuple(map(_name, path)), path_names(path)
+        names = whole if whole in known else names
         if names not in known and leaf is not None:
             raise ValueError(
                 "the tree must hold parameters of the model that this was made for, "
@@ -124,6 +127,14 @@ def beside(tree: PyTree, params: optax.Params, rule: str, fix: str) -> list[PyTr
     return [given[path] for path, leaf in wanted.items() if leaf is not None]
 
 
+def given_for(tree: PyTree, params: optax.Params) -> PyTree:
+    """Returns a tree, or what a function in its place says of the parameters.
+
+    In NNX's tree mode a tree may be a module, which can be called, too.
+    """
+    return tree(params) if callable(tree) and not isinstance(tree, nnx.Module) else tree
+
+
 def by_path(tree: PyTree) -> dict[Path, PyTree]:
     """Returns a tree's leaves by path, ``None`` among them."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_absent)
@@ -140,8 +151,8 @@ def _absent(leaf: object) -> bool:
 
 def path_names(path: tuple[object, ...]) -> Path:
     """Returns the names along a JAX key path, without the step from a variable to its value."""
-    value = jax.tree_util.GetAttrKey("value")
-    return tuple(_name(entry) for entry in path if entry != value)
+    steps = [i for i, entry in enumerate(path) if entry == jax.tree_util.GetAttrKey("value")]
+    return tuple(_name(entry) for i, entry in enumerate(path) if i not in steps[-1:])
 
 
 def _name(entry: object) -> str:
