@@ -261,6 +261,25 @@ def test_a_part_of_the_parameters_gets_its_part_of_the_mask() -> None:
     assert chosen == {"branches": {"left": {"0": {"kernel": True, "bias": False}}}}
 
 
+def test_in_tree_mode_gradients_are_modules_and_parts_may_be_called_value() -> None:
+    with nnx.set_graph_mode(False), nnx.set_graph_updates(False):
+        model = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+        mask = optim.decay_mask(model)
+        gradients = jax.tree.map(
+            jnp.zeros_like, nnx.grad(lambda m: m(jnp.ones((1, 2, 4))).sum())(model)
+        )
+        assert isinstance(gradients, nnx.Module)
+        chosen = mask(gradients)
+        assert jax.tree.leaves(chosen) == [False, True] * 4
+        before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        for given in (mask, chosen):
+            tx = optim.sgd(0.5, weight_decay=1.0, mask=given)
+            nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, gradients)
+        after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    for part in ("query", "key", "value", "out"):
+        assert after[part]["kernel"].tolist() == (0.25 * before[part]["kernel"]).tolist()
+
+
 def test_an_unknown_leaf_is_named_with_the_known_ones() -> None:
     mask = optim.decay_mask(linear.Linear(2, 3, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"got leaf='head.kernel'. Known parameters: .*kernel"):

@@ -19,8 +19,8 @@ def by_path(tree: PyTree) -> dict[Names, PyTree]:
 
 def path_names(path: tuple[object, ...]) -> Names:
     """Returns the names along a JAX key path, without the step from a variable to its value."""
-    value = jax.tree_util.GetAttrKey("value")
-    return tuple(_name(entry) for entry in path if entry != value)
+    steps = [i for i, entry in enumerate(path) if entry == jax.tree_util.GetAttrKey("value")]
+    return tuple(name_of(entry) for i, entry in enumerate(path) if i not in steps[-1:])
 
 
 def absent(leaf: object) -> bool:
@@ -36,7 +36,8 @@ def is_flag(leaf: object) -> bool:
     return isinstance(leaf, bool)
 
 
-def _name(entry: object) -> str:
+def name_of(entry: object) -> str:
+    """Returns the name of one step of a JAX key path."""
     match entry:
         case jax.tree_util.DictKey(key=key) | jax.tree_util.FlattenedIndexKey(key=key):
             return str(key)

@@ -11,7 +11,7 @@ from flax import nnx
 from flaxstab._checks import check
 from flaxstab._typing import PyTree
 from flaxstab.optim._masks import Mask, check_mask, flags, within
-from flaxstab.optim._paths import Path, beside, chosen, like, parameters, table
+from flaxstab.optim._paths import Path, beside, chosen, given_for, like, parameters, table
 
 _REST = "rest"
 Rule = Mapping[str, object]
@@ -213,7 +213,7 @@ def scale_updates(factors: PyTree) -> optax.GradientTransformation:
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del params
         found = beside(
-            factors(updates) if callable(factors) else factors,
+            given_for(factors, updates),
             updates,
             "factors must have one number per parameter, at the parameter's place",
             "Pass a function such as layer_decay(model, …): it fits every form of the tree.",

@@ -12,7 +12,16 @@ from flax import nnx
 from flaxstab._checks import check
 from flaxstab.linear import Embed
 from flaxstab.norms._kinds import NORMS
-from flaxstab.optim._paths import Parameter, Path, beside, chosen, like, parameters, table
+from flaxstab.optim._paths import (
+    Parameter,
+    Path,
+    beside,
+    chosen,
+    given_for,
+    like,
+    parameters,
+    table,
+)
 
 Mask: TypeAlias = Callable[[optax.Params], optax.Params] | optax.Params
 
@@ -216,7 +225,7 @@ def flags(mask: Mask, params: optax.Params) -> list[bool]:
     fix = "Pass a function such as decay_mask(model): it fits every form of the tree."
     if not jax.tree.leaves(params):  # also what optax.tree.map_params puts in their place
         return []
-    found = beside(mask(params) if callable(mask) else mask, params, rule, fix)
+    found = beside(given_for(mask, params), params, rule, fix)
     odd = sorted({str(flag) for flag in found if not isinstance(flag, _BOOLEANS) or np.ndim(flag)})
     check(not odd, rule, fix=fix, mask=odd)
     return [bool(flag) for flag in found]

@@ -9,7 +9,7 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import Array, PyTree
-from flaxstab.functional._paths import Names, absent, by_path, path_names
+from flaxstab.functional._paths import Names, absent, by_path, name_of, path_names
 
 Path: TypeAlias = Names
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def parameters(model: nnx.Module) -> Iterator[Parameter]:
         owner = _owner(path, modules)
         names = tuple(str(name) for name in path)
         for below, leaf in jax.tree_util.tree_leaves_with_path(variable.get_value()):
-            rest, shape = path_names(below), tuple(leaf.shape)
+            rest, shape = tuple(map(name_of, below)), tuple(leaf.shape)
             others = tuple(
                 Parameter(place + rest, shape, variable, other)
                 for place, other in shared.get(names, ())
@@ -121,7 +121,9 @@ def like(params: optax.Params, lookup: Callable[[Path], T], known: Mapping[Path,
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=absent)
     found = []
     for path, leaf in leaves:
-        names = path_names(path)
+        # As it is, too: in tree mode a gradient is a module, and 'value' may be one of its parts.
+        whole, names = tuple(map(name_of, path)), path_names(path)
+        names = whole if whole in known else names
         if names not in known and leaf is not None:
             # A bare array is what optax.inject_hyperparams calls what it takes for a schedule with.
             advice = " With optax.inject_hyperparams name the argument in static_args=('mask',)."
@@ -155,6 +157,14 @@ def beside(tree: PyTree, params: optax.Params, rule: str, fix: str) -> list[PyTr
     apart = sorted(".".join(path) for path in missing | further)
     check(not apart, rule, fix=fix, on_one_side_only=apart)
     return [given[path] for path, leaf in wanted.items() if leaf is not None]
+
+
+def given_for(tree: PyTree, params: optax.Params) -> PyTree:
+    """Returns a tree, or what a function in its place says of the parameters.
+
+    In NNX's tree mode a tree may be a module, which can be called, too.
+    """
+    return tree(params) if callable(tree) and not isinstance(tree, nnx.Module) else tree
 
 
 def in_form_of(old: PyTree, new: PyTree) -> PyTree:
@@ -212,6 +222,30 @@ def _form(tree: PyTree) -> object:
     return jax.tree.structure(tree)
 
 
+<<<<<<< HEAD
+=======
+def _absent(leaf: object) -> bool:
+    return leaf is None
+
+
+def path_names(path: tuple[object, ...]) -> Path:
+    """Returns the names along a JAX key path, without the step from a variable to its value."""
+    steps = [i for i, entry in enumerate(path) if entry == jax.tree_util.GetAttrKey("value")]
+    return tuple(_name(entry) for i, entry in enumerate(path) if i not in steps[-1:])
+
+
+def _name(entry: object) -> str:
+    match entry:
+        case jax.tree_util.DictKey(key=key) | jax.tree_util.FlattenedIndexKey(key=key):
+            return str(key)
+        case jax.tree_util.SequenceKey(idx=index):
+            return str(index)
+        case jax.tree_util.GetAttrKey(name=name):
+            return name
+    return str(entry)
+
+
+>>>>>>> optim
 def table(*rows: Sequence[object]) -> str:
     """Returns rows of cells as lines with aligned columns; paths are dotted."""
     cells = [[_cell(c) for c in row] for row in rows]
