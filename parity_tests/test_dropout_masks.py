@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 import jax
@@ -63,7 +64,8 @@ def test_nothing_is_drawn_for_p_0_and_1(p: float, asked: list[tuple[int, int]]) 
 
 def axis_of(shape: tuple[int, ...], sharing: int) -> int | None:
     inner = list(range(len(shape)))[1:-1][::-1]
-    order = dict.fromkeys([*inner, *([len(shape) - 1, 0] if shape else [])])
+    many = [0] if shape and shape[0] % 512 == 0 else []
+    order = [*inner, *many, *([len(shape) - 1, 0] if shape else [])]
     return next((axis for axis in order if shape[axis] % sharing == 0), None)
 
 
@@ -85,7 +87,7 @@ def by_hand(key: Array, threshold: int, bits: int, shape: tuple[int, ...]) -> np
     return kept
 
 
-SHAPES = [(), (7,), (4, 8), (4, 3), (2, 8, 3), (2, 5, 12), (3, 4, 8, 2), (0, 4)]
+SHAPES = [(), (7,), (4, 8), (4, 3), (512, 4), (2, 8, 3), (2, 5, 12), (3, 4, 8, 2), (0, 4)]
 
 
 def test_neighbours_share_a_hash_and_each_bit_is_used_once() -> None:
@@ -130,21 +132,26 @@ def test_a_mask_takes_one_hash_for_four_elements(shape: tuple[int, ...]) -> None
     assert hashes(lambda key: functional.dropout_mask(key, 1e-6, shape), KEY) == -(-n // 2)
 
 
+def hashed(compiled: jax.stages.Compiled) -> set[int]:
+    """Sizes of the arrays that are hashed: for a CPU Threefry is a loop over them."""
+    loops = [line for line in compiled.as_text().splitlines() if " while(" in line]
+    arrays = (re.findall(r"u32\[(\d[\d,]*)\]", line) for line in loops)
+    sizes = {math.prod(map(int, shape.split(","))) for found in arrays for shape in found}
+    return {size for size in sizes if size > 4}  # others are the loop's constants
+
+
 def test_the_compiled_program_takes_no_more_hashes() -> None:
-    """No array of hashed words is larger than a quarter of the input; bernoulli's are as large."""
+    """Neither forward nor backward; bernoulli hashes once for each element."""
     x = jnp.ones((64, 96), jnp.bfloat16)
 
-    def largest(mask: object) -> int:
+    def compiled(mask: Callable[[Array], Array]) -> jax.stages.Compiled:
         def both(x: Array, key: Array) -> object:
             return jax.value_and_grad(lambda x: jnp.sum(x * jnp.asarray(mask(key), x.dtype)))(x)
 
-        text = jax.jit(both).lower(x, KEY).compile().as_text()
-        whiles = [line for line in text.splitlines() if " while(" in line]
-        sizes = [re.findall(r"u32\[([\d,]+)\]", line) for line in whiles]
-        return max(math.prod(map(int, s.split(","))) for found in sizes for s in found)
+        return jax.jit(both).lower(x, KEY).compile()
 
-    assert largest(lambda key: functional.dropout_mask(key, 0.1, x.shape)) == x.size // 4
-    assert largest(lambda key: jax.random.bernoulli(key, 0.9, x.shape)) == x.size
+    assert hashed(compiled(lambda key: functional.dropout_mask(key, 0.1, x.shape))) == {x.size // 4}
+    assert hashed(compiled(lambda key: jax.random.bernoulli(key, 0.9, x.shape))) == {x.size}
 
 
 def test_integers_alone_decide() -> None:
@@ -155,18 +162,27 @@ def test_integers_alone_decide() -> None:
         assert kinds <= {"uint8", "uint32", "bool", "key<fry>"}
 
 
-SPECS = [("d",), (None, "d"), (None, None, "d")]
+SHARDED = [
+    ((16, 32, 64), ("d",)), ((16, 32, 64), (None, "d")), ((16, 32, 64), (None, None, "d")),
+    ((8, 64), ("d",)), ((1024, 12), ("d",)), ((1024, 64), (None, "d")),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_a_sharded_mask_is_the_same_and_nothing_is_exchanged(spec: tuple[str | None, ...]) -> None:
+def test_a_sharded_mask_is_the_same_and_nothing_is_exchanged() -> None:
+    """Each device draws its own part: of the batch, of the steps or of the features."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    shape = (16, 32, 64)
-    draw = jax.jit(lambda key: functional.dropout_mask(key, 0.3, shape), out_shardings=sharding)
-    text = draw.lower(KEY).compile().as_text()
-    assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", text)
-    np.testing.assert_array_equal(draw(KEY), functional.dropout_mask(KEY, 0.3, shape))
+    shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for _, spec in SHARDED]
+
+    def draw(key: Array) -> list[Array]:
+        return [functional.dropout_mask(key, 0.3, shape) for shape, _ in SHARDED]
+
+    spread = jax.jit(draw, out_shardings=shardings).lower(KEY).compile()
+    exchange = r"all-gather|all-to-all|all-reduce|collective-permute"
+    assert not re.search(exchange, spread.as_text())
+    assert hashed(spread) == {math.prod(shape) // 4 // 8 for shape, _ in SHARDED}
+    for ours, alone in zip(spread(KEY), jax.jit(draw)(KEY), strict=True):
+        np.testing.assert_array_equal(ours, alone)
+        assert len(ours.sharding.device_set) == 8
 
 
 def test_masks_of_many_keys_are_drawn_at_once() -> None:

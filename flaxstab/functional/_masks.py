@@ -11,6 +11,7 @@ from flaxstab._typing import Array, Bool, Shape
 
 _WORD = 32
 _HASH = 2 * _WORD  # bits of one hash that are used
+_MANY = 512  # rows: each of 128 devices gets a multiple of 4
 # Their bits depend on the platform or are not independent of each other (a seed fills an rbg key
 # twice), and under vmap they ignore all keys but the first.
 _UNFIT = ("rbg", "unsafe_rbg")
@@ -51,13 +52,15 @@ def draw_mask(key: Array, threshold: int, bits: int, shape: Shape) -> Bool[Array
 def _shared_axis(shape: Shape, sharing: int) -> int | None:
     """Returns the axis along which neighbours share a hash; ``None`` if none divides.
 
-    Inner axes come before the last one, whose elements are interleaved more slowly, and the first
-    one comes last: a device may hold few samples. Axes of size 1 do not count, so that a mask of
-    (N, 1, C) is that of (N, C).
+    Elements are interleaved faster along any other axis than along the last one. But the first one
+    is what gets sharded, so it is taken where every device is sure to have a multiple of 4 of it,
+    or at last. Axes of size 1 do not count: the mask of (N, 1, C) is that of (N, C).
     """
     last = len(shape) - 1
-    order = [*range(last - 1, 0, -1), last, 0]
-    return next((axis for axis in order if shape and shape[axis] % sharing == 0), None)
+    order = [*range(last - 1, 0, -1), last, 0] if shape else []
+    if shape and shape[0] % _MANY == 0:
+        order.insert(-2, 0)
+    return next((axis for axis in order if shape[axis] % sharing == 0), None)
 
 
 def _words(key: Array, shape: Shape) -> Array:
