@@ -257,3 +257,16 @@ def test_masks_and_partitions_take_absent_gradients() -> None:
         assert jax.tree.structure(updates) == jax.tree.structure(params)
         assert not updates["bias"].any()
         assert updates["kernel"].all()
+
+
+def test_nnx_optimizer_needs_a_variable_around_none_and_the_error_says_so() -> None:
+    model = Net()
+    optimizer = nnx.Optimizer(model, optim.adamw(0.5, own_steps=True), wrt=nnx.Param)
+    gradients = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    gradients["bias"] = None
+    with pytest.raises(ValueError, match=r"only=\['bias'\].*nnx.Param\(None\)"):
+        optimizer.update(model, gradients)
+    gradients["bias"] = nnx.Param(None)
+    optimizer.update(model, gradients)
+    assert model.bias[...].tolist() == [0.0] * 3
+    assert optimizer.opt_state.skipped[...].tolist() == [1, 0]

@@ -201,3 +201,13 @@ def test_the_guard_works_in_nnx_optimizer_under_jit() -> None:
     assert int(optimizer.opt_state.total_notfinite[...]) == 1
     assert np.isnan(model.norm.mean[...]).any()  # the docstring says that these are not guarded
     assert len(traces) == 1
+
+
+def test_freezing_outside_the_guard_overlooks_gradients_of_frozen_parameters() -> None:
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    gradients, mask = {"a": jnp.ones(1), "b": jnp.full(1, jnp.nan)}, {"a": False, "b": True}
+    outside = optim.freeze(optim.skip_nonfinite(optim.sgd(0.5)), mask)
+    inside = optim.skip_nonfinite(optim.freeze(optim.sgd(0.5), mask))
+    moved = [tx.update(gradients, tx.init(params), params)[0] for tx in (outside, inside)]
+    assert [float(u["a"][0]) for u in moved] == [-0.5, 0.0]
+    assert [float(u["b"][0]) for u in moved] == [0.0, 0.0]

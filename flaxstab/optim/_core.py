@@ -136,7 +136,8 @@ def transformation(parts: Parts, options: Options) -> optax.GradientTransformati
 
 _UNFIT = (
     "the gradients must be at the parameters' places, None for a parameter that has none",
-    "Take them with respect to the parameters that the optimizer was made for.",
+    "Take them with respect to the parameters that the optimizer was made for. nnx.Optimizer drops "
+    "a bare None: make it nnx.Param(None), in the nnx.State that nnx.grad returns.",
 )
 
 

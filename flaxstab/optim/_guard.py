@@ -19,7 +19,8 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     Same result as calling ``optimizer.step()`` in torch only if all gradients are finite, as
     ``torch.amp.GradScaler`` does: such a step moves neither the parameters nor anything in the
     optimizer's state, its step count and schedule included. It is counted. Wrap the whole chain:
-    clipping turns one infinite gradient into NaN everywhere.
+    clipping turns one infinite gradient into NaN everywhere. Only :func:`freeze` belongs outside,
+    ``freeze(skip_nonfinite(tx), mask)``: inside, gradients of frozen parameters are looked at too.
 
     Running statistics are no part of the optimizer. A batch that holds NaN reaches them in the
     forward pass; see ``docs/training.md``.

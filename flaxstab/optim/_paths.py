@@ -1,7 +1,7 @@
 """Parameters by their path in the model, which every form of a tree of them shares."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import optax
@@ -60,7 +60,7 @@ def parameters(model: nnx.Module) -> Iterator[Parameter]:
             yield Parameter(names + rest, shape, variable, owner, others)
 
 
-def _owner(path: tuple[object, ...], modules: Mapping[tuple[object, ...], object]) -> nnx.Module:
+def _owner(path: tuple[Any, ...], modules: Mapping[tuple[Any, ...], object]) -> nnx.Module:
     """Returns the innermost module around a variable that is more than a container."""
     around = [modules[path[:n]] for n in range(len(path) - 1, -1, -1) if path[:n] in modules]
     owners = [module for module in around if not isinstance(module, nnx.List | nnx.Dict)]
@@ -68,7 +68,7 @@ def _owner(path: tuple[object, ...], modules: Mapping[tuple[object, ...], object
 
 
 def _shared(
-    modules: Mapping[tuple[object, ...], object],
+    modules: Mapping[tuple[Any, ...], object],
 ) -> dict[Path, list[tuple[Path, nnx.Module]]]:
     """Returns, for each place of a variable that several modules hold, the other places."""
     held: dict[int, list[tuple[Path, nnx.Module]]] = {}
