@@ -222,30 +222,6 @@ def _form(tree: PyTree) -> object:
     return jax.tree.structure(tree)
 
 
-<<<<<<< HEAD
-=======
-def _absent(leaf: object) -> bool:
-    return leaf is None
-
-
-def path_names(path: tuple[object, ...]) -> Path:
-    """Returns the names along a JAX key path, without the step from a variable to its value."""
-    steps = [i for i, entry in enumerate(path) if entry == jax.tree_util.GetAttrKey("value")]
-    return tuple(_name(entry) for i, entry in enumerate(path) if i not in steps[-1:])
-
-
-def _name(entry: object) -> str:
-    match entry:
-        case jax.tree_util.DictKey(key=key) | jax.tree_util.FlattenedIndexKey(key=key):
-            return str(key)
-        case jax.tree_util.SequenceKey(idx=index):
-            return str(index)
-        case jax.tree_util.GetAttrKey(name=name):
-            return name
-    return str(entry)
-
-
->>>>>>> optim
 def table(*rows: Sequence[object]) -> str:
     """Returns rows of cells as lines with aligned columns; paths are dotted."""
     cells = [[_cell(c) for c in row] for row in rows]
