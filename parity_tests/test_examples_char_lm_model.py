@@ -174,7 +174,8 @@ def test_a_step_moves_nothing_to_or_from_the_devices_and_compiles_once(page: Pat
 def test_options_reach_the_model(page: Path) -> None:
     run = run_of(page, dtype="bfloat16", depth=2, scan=True, remat=True)
     model = nnx.merge(run._graph, run.state)["model"]
-    assert (model.blocks.scan, model.blocks.remat, model.dtype) == (True, True, jnp.bfloat16)
+    found = (model.blocks.scan, model.blocks.remat, model.embed.dtype)
+    assert found == (True, True, jnp.bfloat16)
     state, report = jax.eval_shape(run._train_step, run.state, run._text)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(
         lambda a: (a.shape, a.dtype), run.state
