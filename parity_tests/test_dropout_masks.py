@@ -132,6 +132,23 @@ def test_a_mask_takes_one_hash_for_four_elements(shape: tuple[int, ...]) -> None
     assert hashes(lambda key: functional.dropout_mask(key, 1e-6, shape), KEY) == -(-n // 2)
 
 
+def test_a_mask_is_drawn_forward_and_backward_and_once_more_in_a_region_of_a_region() -> None:
+    x = jnp.ones((8, 16))
+
+    def drawn(drop: Callable[[Array, Array], Array], region: Callable[..., object]) -> float:
+        inner = region(lambda x, key: jnp.tanh(drop(x, key)))
+        return hashes(jax.grad(lambda x, key: jnp.sum(inner(x, key))), x, KEY) / (x.size // 4)
+
+    def itself(x: Array, key: Array) -> Array:
+        return functional.random_dropout(x, 0.1, key)
+
+    def by_mask(x: Array, key: Array) -> Array:
+        return functional.dropout(x, 0.1, functional.dropout_mask(key, 0.1, x.shape))
+
+    assert drawn(itself, lambda f: f) == drawn(by_mask, jax.checkpoint) == 2
+    assert drawn(itself, jax.checkpoint) == 3
+
+
 def hashed(compiled: jax.stages.Compiled) -> set[int]:
     """Sizes of the arrays that are hashed: for a CPU Threefry is a loop over them."""
     loops = [line for line in compiled.as_text().splitlines() if " while(" in line]

@@ -21,8 +21,8 @@ _UNFIT = ("rbg", "unsafe_rbg")
 def draw_mask(key: Array, threshold: int, bits: int, shape: Shape) -> Bool[Array, "..."]:
     """Draws booleans that are true with probability ``threshold / 2**bits``, independently.
 
-    One hash serves ``64 / bits`` neighbours along one axis: they lie side by side, so that however
-    an axis is sharded, a device hashes for its own elements and nothing is exchanged.
+    One hash serves ``64 / bits`` neighbours along one axis. They lie side by side, so that a device
+    with a multiple of them of a sharded axis hashes for its own elements, and nothing is exchanged.
 
     Args:
       key: a PRNG key.
@@ -43,7 +43,8 @@ def draw_mask(key: Array, threshold: int, bits: int, shape: Shape) -> Bool[Array
         word, shift = divmod(place * bits, _WORD)
         number = (words[..., word] >> shift) & np.uint32(2**bits - 1)
         packed |= jnp.asarray(number < np.uint32(threshold), jnp.uint8) << place
-    # What reads the bits may be fused with what follows, but not repeat the hash for each of them.
+    # What reads the bits may be fused with what follows, but not repeat the hash for each of them
+    # (for a CPU, XLA drops the barrier; Threefry is a loop there, with which nothing is fused).
     packed = jax.lax.optimization_barrier(packed)
     kept = [(packed >> place) & 1 == 1 for place in range(sharing)]
     return jnp.stack(kept, axis + 1).reshape(shape)  # (..., n / 4, 4, ...) -> (..., n, ...)
