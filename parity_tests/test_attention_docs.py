@@ -27,8 +27,8 @@ def test_the_page_runs_when_pasted() -> None:
     names: dict[str, object] = {}
     for code in codes:
         exec(code, names)  # noqa: S102
-    assert names["y"].shape == names["z"].shape == (3, 10, 64)
-    assert names["weights"].shape == (3, 10, 10)
+    assert names["y"].shape == names["z"].shape == (3, 256, 64)
+    assert names["weights"].shape == (3, 256, 256)
     assert not np.asarray(names["weights"])[2, :, 4:].any()
 
 
