@@ -45,6 +45,12 @@ class MultiHeadAttention(Dropping):
       param_dtype: dtype of the parameters.
       rngs: source of the keys: ``params``, and ``dropout`` if there is any.
 
+    Attributes:
+      query: the ``Linear`` of the query; beside it ``key``, ``value`` and ``out``.
+      bias_k: the learned key, shape ``(embed_dim,)``, or ``None``; beside it ``bias_v``.
+      p: the probability of dropping.
+      deterministic: the mode: whether nothing is dropped.
+
     Raises:
       ValueError: if a size does not fit, ``dropout`` is outside [0, 1], or ``rngs`` is missing.
 
@@ -164,13 +170,9 @@ class MultiHeadAttention(Dropping):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         if self.deterministic if deterministic is None else deterministic:
             dropout_mask = None
-        options = (
-            (key_padding_mask, attn_mask, is_causal),
-            None
-            if dropout_mask is not None
-            else self.next_key(deterministic=deterministic, rngs=rngs),
-            dropout_mask,
-        )
+        draws = dropout_mask is None
+        dropout_key = self.next_key(deterministic=deterministic, rngs=rngs) if draws else None
+        options = ((key_padding_mask, attn_mask, is_causal), dropout_key, dropout_mask)
         q, k, v = self.qkv(query, key, value)
         if not need_weights:
             mixed = self._attended(functional.attention, q, k, v, *options)

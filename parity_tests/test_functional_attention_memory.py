@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -89,10 +90,10 @@ def bfloat16_errors(attend: Callable[..., object]) -> list[float]:
     return [np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max() for a, b in pairs]
 
 
-def pytorchs_plain_path(*low: np.ndarray) -> list[np.ndarray]:
+def pytorchs(*low: np.ndarray, backend: SDPBackend = SDPBackend.MATH) -> list[np.ndarray]:
     q, k, v, cotangent = (torch.tensor(a.astype(np.float32)).bfloat16() for a in low)
     inputs = [a.requires_grad_() for a in (q, k, v)]
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(backend):
         output = scaled_dot_product_attention(*(a.transpose(1, 2) for a in inputs)).transpose(1, 2)
     found = [output, *torch.autograd.grad(output, inputs, cotangent)]
     return [a.detach().double().numpy() for a in found]
@@ -109,9 +110,11 @@ def ours_in_bfloat16(*low: np.ndarray) -> list[jax.Array]:
 def test_sixteen_bits_are_as_accurate_as_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """In four blocks, against the path of PyTorch's that computes in float32, the most accurate."""
     monkeypatch.setattr(_attention, "ROWS", 16)
-    theirs = bfloat16_errors(pytorchs_plain_path)
+    theirs = bfloat16_errors(pytorchs)
     ours = bfloat16_errors(ours_in_bfloat16)
     assert all(a <= 1.5 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+    fused = bfloat16_errors(partial(pytorchs, backend=SDPBackend.FLASH_ATTENTION))
+    assert fused[1] > 3 * ours[1]  # of the query's gradient
     monkeypatch.setattr(_attention, "widest", lambda *_: jnp.bfloat16)
     _attention.forget_compiled()
     narrow = bfloat16_errors(ours_in_bfloat16)
