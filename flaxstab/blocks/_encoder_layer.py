@@ -92,7 +92,7 @@ def _activation(activation: Activation) -> Function:
     if isinstance(activation, str) and activation in by_name:
         return by_name[activation]
     check(
-        callable(activation) and not isinstance(activation, type | nnx.Module),
+        callable(activation) and not isinstance(activation, type),
         "activation must be 'relu', 'gelu' or a function",
         fix="Pass e.g. flaxstab.functional.relu.",
         activation=activation,

@@ -97,9 +97,9 @@ def check_choices(norm: MakeNorm | None, act: Function | None, residual: Residua
         norm=norm if isinstance(norm, str) else type(norm).__name__,
     )
     check(
-        act is None or (callable(act) and not isinstance(act, type | nnx.Module)),
+        act is None or (callable(act) and not isinstance(act, type)),
         "act must be a function of an array",
-        fix="Pass e.g. flaxstab.functional.relu. A module with parameters would be shared by all.",
+        fix="Pass e.g. flaxstab.functional.relu.",
         act=act,
     )
     check(

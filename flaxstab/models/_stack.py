@@ -1,5 +1,6 @@
 """Blocks one behind the other: as they are, or stacked and run by one loop."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar, cast
@@ -30,7 +31,8 @@ class Stack(nnx.Module):
       unroll: how many blocks one round of the loop holds.
 
     Raises:
-      ValueError: if there is no block, two of them differ, or ``unroll`` is below 1.
+      ValueError: if there is no block, two of them differ or share a variable, or ``unroll`` is
+        below 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,6 +62,12 @@ class Stack(nnx.Module):
                 block=number,
                 differs_in=difference,
             )
+        check(
+            not _sharing(blocks),
+            "stacked blocks must hold variables of their own",
+            fix="Give each an activation of its own, or one without parameters.",
+            shared=_sharing(blocks),
+        )
         together = jax.tree.map(lambda *a: jnp.stack(a), *[nnx.state(b) for b in blocks])
         self.block = nnx.merge(nnx.graphdef(blocks[0]), together)
         self.length = len(blocks)
@@ -234,6 +242,16 @@ def _runs(blocks: Iterable[nnx.Module]) -> list[list[nnx.Module]]:
         else:
             runs.append([block])
     return runs
+
+
+def _sharing(blocks: Iterable[nnx.Module]) -> list[str]:
+    """Returns the paths of variables that two of the blocks hold."""
+    held = [
+        {id(v): ".".join(map(str, path)) for path, v in nnx.to_flat_state(nnx.state(block))}
+        for block in blocks
+    ]
+    times = Counter(variable for block in held for variable in block)
+    return sorted({path for block in held for v, path in block.items() if times[v] > 1})
 
 
 def _difference(one: nnx.Module, other: nnx.Module) -> str:
