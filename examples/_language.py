@@ -38,13 +38,13 @@ class Settings:
 
     text: str
     characters: int
-    width: int = 128
+    width: int = 96
     depth: int = 4
     heads: int = 4
     context: int = 64
-    batch_size: int = 16
-    steps: int = 2000
-    learning_rate: float = 2e-3
+    batch_size: int = 8
+    steps: int = 5000
+    learning_rate: float = 4e-3
     dropout: float = 0.1
     dtype: str = "float32"
     scan: bool = False
