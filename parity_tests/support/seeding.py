@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flaxstab import linear, norms
+from flaxstab import attention, linear, norms
 
 RNGS = nnx.Rngs(0)
 
@@ -52,6 +52,7 @@ MAKERS: dict[str, Callable[[], nnx.Module]] = {
     "Conv": lambda: linear.Conv(2, 3, 3, rngs=RNGS),
     "ConvTranspose": lambda: linear.ConvTranspose(2, 3, 3, rngs=RNGS),
     "Embed": lambda: linear.Embed(2, 3, rngs=RNGS),
+    "MultiHeadAttention": lambda: attention.MultiHeadAttention(4, 2, rngs=RNGS),
     "nnx.Linear": lambda: nnx.Linear(2, 3, rngs=RNGS),
     "nnx.LinearGeneral": lambda: nnx.LinearGeneral(2, 3, rngs=RNGS),
     "nnx.Conv": lambda: nnx.Conv(2, 3, (3,), rngs=RNGS),
