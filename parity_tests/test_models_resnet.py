@@ -190,7 +190,8 @@ def rates(**options: object) -> list[float]:
 
 def test_paths_are_dropped_uniformly_or_more_with_depth() -> None:
     assert rates() == [0.3] * 4
-    np.testing.assert_allclose(rates(drop_path_rule="linear"), [0.0, 0.1, 0.2, 0.3], rtol=1e-15)
+    eps = np.finfo(np.float64).eps
+    np.testing.assert_allclose(rates(drop_path_rule="linear"), [0.0, 0.1, 0.2, 0.3], rtol=4 * eps)
     with pytest.raises(ValueError, match="scan=True needs equal blocks: pass drop_path_rule='uni"):
         rates(drop_path_rule="linear", scan=True)
 
