@@ -7,12 +7,11 @@ Document 2, section B-6; P. Goyal et al., arXiv:1706.02677; S. De, S. L. Smith, 
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
 import matplotlib as mpl
 import numpy as np
-from _cli import Parser, leave, make_folder, whole
+from _cli import Parser, add_output, leave, make_folder, whole
 from _output import save_figure
 from flax import nnx
 from rich.console import Console
@@ -82,14 +81,12 @@ def draw(measured: Measured) -> "plt.Figure":
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     parser = Parser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
-    where = Path("runs/residual_depth")
     parser.add_argument("--blocks", type=whole(1, 1000), default=48, metavar="N",
                         help="blocks in a row (default: 48)")  # fmt: skip
     parser.add_argument(
         "--seeds", type=whole(1, 1000), default=3, metavar="N", help="networks (default: 3)"
     )
-    parser.add_argument("--output", type=Path, default=where, metavar="DIR",
-                        help="folder for the figure (default: %(default)s)")  # fmt: skip
+    add_output(parser, "runs/residual_depth")
     options = parser.parse_args(arguments)
     folder = make_folder(parser, options.output)
     measured: Measured = {

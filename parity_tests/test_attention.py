@@ -128,7 +128,7 @@ def test_every_combination_is_pytorchs(options: Options) -> None:
         [*tensors, *named.values()],
         [torch.tensor(c) for pair in cotangents for c in pair],
     )
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.disable_jit():
         graph, params, rest = nnx.split(layer, nnx.Param, ...)
 
         def run(params: nnx.State, *given: jax.Array) -> object:
@@ -158,7 +158,7 @@ def in_threes(given: object) -> tuple[object, ...]:
 def test_without_weights_the_output_is_pytorchs_and_the_same(options: Options) -> None:
     module, layer = loaded(options)
     given, cases = inputs(options), list(calls(options))
-    with jax.enable_x64(True), torch.no_grad():
+    with jax.enable_x64(True), jax.disable_jit(), torch.no_grad():
         arrays = in_threes(tuple(map(jnp.asarray, given)))
         tensors = in_threes([torch.tensor(a) for a in given])
         for case in cases:

@@ -11,7 +11,7 @@ from flax import nnx
 from flaxstab import blocks, functional, linear
 from flaxstab.blocks import _wiring
 from parity_tests.support.cases import values
-from parity_tests.support.kept import kept_bytes
+from parity_tests.support.kept import kept_by_module
 from parity_tests.support.stock_blocks import StockBlock
 
 C = 64
@@ -34,17 +34,8 @@ LIMITS = {"basic": 3.1, "pre-act": 2.1, "pre-act, dropping channels": 2.1}  # th
 def kept(make: Make, call: Callable[..., object] = lambda layer, x: layer(x)) -> float:
     """Returns what a layer keeps in training: bf16 computation, float32 parameters, running."""
     layer = make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    graph, params, rest = nnx.split(layer, nnx.Param, ...)
-
-    def run(x: jax.Array, params: nnx.State, rest: nnx.State) -> object:
-        layer = nnx.merge(graph, params, rest)
-        y = call(layer, x)
-        moved = nnx.state(layer, nnx.BatchStat)
-        return y, jax.lax.stop_gradient(moved)
-
     x = jnp.asarray(values(*SHAPE), jnp.bfloat16)
-    held = jax.tree.leaves((params, nnx.filter_state(rest, nnx.BatchStat)))
-    return kept_bytes(run, x, params, rest, parameters=held) / x.nbytes
+    return kept_by_module(layer, x, call=call) / x.nbytes
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -268,6 +268,15 @@ def test_forward_mode_and_second_derivatives_are_pytorchs(monkeypatch: pytest.Mo
                 assert_same(ours, theirs, size)
 
 
+def test_queries_are_dealt_out_whole_and_evenly() -> None:
+    for length in range(3000):
+        rows, whole, rest = _attention._Blocks.of(length)
+        assert rows * whole + rest == length
+        assert rows <= _attention.ROWS
+        assert whole + (rest > 0) == max(-(-length // _attention.ROWS), 1)
+        assert rest == 0 or rest > rows - whole - 1
+
+
 @pytest.mark.parametrize("empty", ["samples", "queries", "keys"])
 def test_an_empty_array_gives_an_empty_or_zero_one(empty: str) -> None:
     sizes = {"samples": 2, "queries": 3, "keys": 4} | {empty: 0}

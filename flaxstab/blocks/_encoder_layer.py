@@ -72,7 +72,14 @@ class _Parts(NamedTuple):
         return Add(self.residual, self.d_model, param_dtype=self.param_dtype, rngs=self.rngs)
 
 
-def _check(batch_first: bool, norm_first: bool, residual: Residual | None) -> None:
+def _check(
+    sizes: dict[str, int],
+    batch_first: bool,
+    norm_first: bool,
+    norm: MakeNorm | None,
+    residual: Residual | None,
+) -> None:
+    check_positive(**sizes)
     check(
         batch_first,
         "arrays are (N, L, C) here, so batch_first must be True",
@@ -85,6 +92,7 @@ def _check(batch_first: bool, norm_first: bool, residual: Residual | None) -> No
         fix="Behind a zero sum the norm of Post-LN has nothing to start from.",
         norm_first=norm_first,
     )
+    check_choices(norm, None, residual)
 
 
 def _activation(activation: Activation) -> Function:
@@ -163,9 +171,8 @@ class TransformerEncoderLayer(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        check_positive(d_model=d_model, nhead=nhead, dim_feedforward=dim_feedforward)
-        _check(batch_first, norm_first, residual)
-        check_choices(norm, None, residual)
+        sizes = {"d_model": d_model, "nhead": nhead, "dim_feedforward": dim_feedforward}
+        _check(sizes, batch_first, norm_first, norm, residual)
         parts = _Parts(
             d_model, nhead, dropout, bias, layer_norm_eps, norm, kernel_init,
             residual or Residual(), dtype, param_dtype, check_rngs(rngs),
@@ -202,11 +209,8 @@ class TransformerEncoderLayer(nnx.Module):
             return self.dropout1(y)
 
         x = wired(attend, self.norm1, self.add1, src, norm_first=self.norm_first)
-        return wired(self._feed, self.norm2, self.add2, x, norm_first=self.norm_first)
-
-    def _feed(self, norm: nnx.Module | None, x: Array) -> Array:
-        y = fed_forward(norm, self.linear1, self.act, self.dropout, self.linear2, x)
-        return self.dropout2(y)
+        feed = partial(_fed, self, self.dropout2)
+        return wired(feed, self.norm2, self.add2, x, norm_first=self.norm_first)
 
 
 class TransformerDecoderLayer(nnx.Module):
@@ -268,9 +272,8 @@ class TransformerDecoderLayer(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        check_positive(d_model=d_model, nhead=nhead, dim_feedforward=dim_feedforward)
-        _check(batch_first, norm_first, residual)
-        check_choices(norm, None, residual)
+        sizes = {"d_model": d_model, "nhead": nhead, "dim_feedforward": dim_feedforward}
+        _check(sizes, batch_first, norm_first, norm, residual)
         parts = _Parts(
             d_model, nhead, dropout, bias, layer_norm_eps, norm, kernel_init,
             residual or Residual(), dtype, param_dtype, check_rngs(rngs),
@@ -326,8 +329,15 @@ class TransformerDecoderLayer(nnx.Module):
         first = self.norm_first
         x = wired(to_itself, self.norm1, self.add1, tgt, norm_first=first)
         x = wired(to_memory, self.norm2, self.add2, x, norm_first=first)
-        return wired(self._feed, self.norm3, self.add3, x, norm_first=first)
+        feed = partial(_fed, self, self.dropout3)
+        return wired(feed, self.norm3, self.add3, x, norm_first=first)
 
-    def _feed(self, norm: nnx.Module | None, x: Array) -> Array:
-        y = fed_forward(norm, self.linear1, self.act, self.dropout, self.linear2, x)
-        return self.dropout3(y)
+
+def _fed(
+    layer: TransformerEncoderLayer | TransformerDecoderLayer,
+    outer: Dropout,
+    norm: nnx.Module | None,
+    x: Array,
+) -> Array:
+    """Returns the feed-forward branch of a layer."""
+    return outer(fed_forward(norm, layer.linear1, layer.act, layer.dropout, layer.linear2, x))

@@ -152,7 +152,7 @@ class _Blocks(NamedTuple):
 
     @classmethod
     def of(cls, length: int) -> "_Blocks":
-        """Returns the fewest blocks, as even as they can be: none is a few rows alone."""
+        """Returns the fewest blocks, of the smallest size at which they are enough."""
         if length <= ROWS:
             return cls(length, 1, 0)
         rows = math.ceil(length / math.ceil(length / ROWS))

@@ -1,13 +1,11 @@
 """A causal language model of Transformer blocks."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from flaxstab import initializers, interop
+from flaxstab import initializers
 from flaxstab._checks import check, check_positive
 from flaxstab._dtypes import aligned
 from flaxstab._typing import Array, DTypeLike, Initializer
@@ -16,6 +14,7 @@ from flaxstab.blocks._parts import Function, check_choices
 from flaxstab.dropout import Dropout
 from flaxstab.linear import Embed
 from flaxstab.linear._base import check_rngs, drawn
+from flaxstab.models._bare import carry_as_they_are
 from flaxstab.models._stack import Chain
 from flaxstab.norms import LayerNorm
 
@@ -147,13 +146,4 @@ class TransformerLM(nnx.Module):
         return self.embed.attend(self.norm(x))
 
 
-def _to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
-    return {"position": np.asarray(vars(module)["position"][...])}
-
-
-def _to_flax(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    del module
-    return {"position": tensors["position"]}
-
-
-interop.register(TransformerLM, to_torch=_to_torch, to_flax=_to_flax)
+carry_as_they_are(TransformerLM, "position")

@@ -1,14 +1,12 @@
 """Vision Transformers with timm's structure."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from flaxstab import initializers, interop
+from flaxstab import initializers
 from flaxstab._checks import check, check_positive
 from flaxstab._dtypes import aligned
 from flaxstab._typing import Array, DTypeLike, Initializer
@@ -17,6 +15,7 @@ from flaxstab.blocks._parts import Function, check_choices
 from flaxstab.dropout import Dropout
 from flaxstab.linear import Conv, Linear
 from flaxstab.linear._base import check_rngs, drawn
+from flaxstab.models._bare import carry_as_they_are
 from flaxstab.models._depth import DropPathRule, check_drop_path_rule, residual_at
 from flaxstab.models._stack import Chain
 from flaxstab.norms import LayerNorm
@@ -231,14 +230,4 @@ vit_small_patch16_224 = partial(ViT, VIT_SMALL)
 """Builds a :class:`ViT` of timm's sizes: 22,050,664 parameters with 1000 classes."""
 
 
-def _to_torch(module: nnx.Module) -> dict[str, np.ndarray]:
-    return {name: np.asarray(vars(module)[name][...]) for name in _OWN}
-
-
-def _to_flax(module: nnx.Module, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    del module
-    return {name: tensors[name] for name in _OWN}
-
-
-_OWN = ("cls_token", "pos_embed")
-interop.register(ViT, to_torch=_to_torch, to_flax=_to_flax)
+carry_as_they_are(ViT, "cls_token", "pos_embed")

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from flaxstab._typing import Array
@@ -30,18 +29,27 @@ def kept_bytes(f: Callable[..., object], *args: Array, parameters: Sequence[Arra
     return sum(buffers.values())
 
 
-def kept_by_module(module: nnx.Module, *inputs: Array) -> int:
-    """Returns the bytes that one call of a module holds, its variables apart, in training.
+def kept_by_module(
+    module: nnx.Module,
+    *inputs: Array,
+    call: Callable[..., object] = lambda module, *inputs: module(*inputs),
+) -> int:
+    """Returns the bytes that one call of a module holds in training.
 
-    What the call changes, such as running statistics and random streams, is returned with it.
+    Its parameters and running statistics do not count, keys and counts of its random streams do.
+    What the call changes is returned with its result.
+
+    Args:
+      module: the module.
+      *inputs: arrays to call it with.
+      call: how to call it.
     """
     graph, params, others = nnx.split(module, nnx.Param, ...)
 
     def run(params: nnx.State, others: nnx.State, *inputs: Array) -> object:
         own = nnx.merge(graph, params, others)
-        y = own(*inputs)
+        y = call(own, *inputs)
         return y, jax.lax.stop_gradient(nnx.state(own, nnx.Not(nnx.Param)))
 
-    held = (leaf for leaf in jax.tree.leaves((params, others)))
-    known = [a for a in held if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
+    known = jax.tree.leaves((params, nnx.filter_state(others, nnx.BatchStat)))
     return kept_bytes(run, params, others, *inputs, parameters=known)
