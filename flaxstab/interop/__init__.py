@@ -1,5 +1,8 @@
 """PyTorch weights in and out."""
 
+from flaxstab.interop._files import load_safetensors as load_safetensors
+from flaxstab.interop._files import read_tensors as read_tensors
+from flaxstab.interop._files import save_safetensors as save_safetensors
 from flaxstab.interop._linen import Places as Places
 from flaxstab.interop._linen import linen_places as linen_places
 from flaxstab.interop._linen import linen_state_dict as linen_state_dict
@@ -13,3 +16,4 @@ from flaxstab.interop._state_dict import load_state_dict as load_state_dict
 from flaxstab.interop._state_dict import named_modules as named_modules
 from flaxstab.interop._state_dict import state_dict as state_dict
 from flaxstab.interop._torch import to_numpy as to_numpy
+from flaxstab.interop._torch import to_tensors as to_tensors
