@@ -8,6 +8,10 @@ from flaxstab.interop._linen import linen_places as linen_places
 from flaxstab.interop._linen import linen_state_dict as linen_state_dict
 from flaxstab.interop._linen import load_linen_state_dict as load_linen_state_dict
 from flaxstab.interop._naming import Naming as Naming
+from flaxstab.interop._optimizer_state import (
+    load_optimizer_state_dict as load_optimizer_state_dict,
+)
+from flaxstab.interop._optimizer_state import optimizer_state_dict as optimizer_state_dict
 from flaxstab.interop._report import LoadEntry as LoadEntry
 from flaxstab.interop._report import LoadReport as LoadReport
 from flaxstab.interop._report import Outcome as Outcome
