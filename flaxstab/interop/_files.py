@@ -131,7 +131,10 @@ def save_safetensors(
       ...     save_safetensors(model, folder + "/a.safetensors", max_shard_size=40).name
       'a.safetensors.index.json'
     """
-    return write(path, state_dict(model), max_shard_size=max_shard_size)
+    place, tensors = checked_target(path), state_dict(model)
+    whole = 1 + sum(array.nbytes for array in tensors.values())
+    size = whole if max_shard_size is None else max_shard_size
+    return _sharded.write(place, tensors, _OF_TORCH, size)
 
 
 def read(
@@ -151,20 +154,21 @@ def read(
     return read_pickled(place, key), {}
 
 
-def write(
-    path: Location,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    flax: bool = False,
-    max_shard_size: int | None = None,
-) -> Path:
-    """Writes tensors by PyTorch's names, or by Flax's with the tag that says so."""
+def write_one(path: Path, tensors: Mapping[str, np.ndarray], *, flax: bool) -> None:
+    """Writes a file by PyTorch's names, or by Flax's with the tag that says so."""
+    _safetensors.write(path, tensors, TAG if flax else _OF_TORCH)
+
+
+def read_one(path: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a safetensors file of any name, by whatever names it has."""
+    return _safetensors.read(path)[0]
+
+
+def checked_target(path: Location) -> Path:
+    """Returns where a file shall be written, if that is a place for safetensors."""
     place = Path(path)
     check(place.suffix == _SAFE, f"path must end in {_SAFE}", path=str(path))
-    size = max_shard_size if max_shard_size is not None else 1 + sum(
-        array.nbytes for array in tensors.values()
-    )  # fmt: skip
-    return _sharded.write(place, tensors, TAG if flax else _OF_TORCH, size)
+    return place
 
 
 def _place(path: Location) -> Path:
