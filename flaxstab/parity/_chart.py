@@ -33,10 +33,12 @@ class Bars:
     others_title: str = ""
 
     def __post_init__(self) -> None:
-        sizes = {"labels": len(self.labels), "values": len(self.values)}
-        check(sizes["labels"] == sizes["values"], "there must be a value for each label", **sizes)
+        labels, values = len(self.labels), len(self.values)
+        check(
+            labels == values, "there must be a value for each label", labels=labels, values=values
+        )
         rule = "there must be another value for each label, or none"
-        check(len(self.others) in (0, len(self.labels)), rule, others=len(self.others), **sizes)
+        check(len(self.others) in (0, labels), rule, labels=labels, others=len(self.others))
         every = (*self.values, *self.others)
         negative = [value for value in every if value < 0]
         check(not negative, "values must be at least 0", values=negative[:3])

@@ -53,10 +53,8 @@ class Table:
         wrong = [list(row) for row in self.rows if len(row) != len(self.headers)]
         rule = "every row must have a cell for each header"
         check(not wrong, rule, headers=list(self.headers), row=wrong[:1])
-        sizes = {"states": len(self.states), "rows": len(self.rows)}
-        check(
-            len(self.states) in (0, len(self.rows)), "every row must have a state, or none", **sizes
-        )
+        rule, rows = "every row must have a state, or none", len(self.rows)
+        check(len(self.states) in (0, rows), rule, states=len(self.states), rows=rows)
         unknown = [state for state in self.states if state not in _STATES]
         check(not unknown, f"states must be of {list(_STATES)}", states=unknown[:3])
 
