@@ -94,8 +94,8 @@ def diff(old: str | os.PathLike[str] | Baseline, new: str | os.PathLike[str] | B
       What has moved, and a verdict.
 
     Raises:
-      ValueError: if a file is not there, damaged, foreign or of a newer flaxstab; if the two have no
-        case in common, or none from equal inputs.
+      ValueError: if a file is not there, damaged, foreign or of a newer flaxstab; if the two have
+        no case in common, or none from equal inputs.
 
     Example:
       >>> import tempfile, numpy, torch

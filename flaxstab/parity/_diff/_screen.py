@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from flaxstab.parity._diff._diff import Diff
 
-_LINES = 24
+_LINES, _NAME = 24, 26  # of a screen; letters of a case's name
 _STYLES = {Outcome.SAFE: "bold green", Outcome.CHANGES: "bold yellow", Outcome.BREAKS: "bold red"}
 _SIDES = {"jax": "JAX", "torch": "PyTorch", "both": "both", "": ""}
 _TOLD = 3  # names and streams of each kind
@@ -50,11 +50,12 @@ def _table(cases: Sequence[CaseDiff]) -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
-    table.add_column("case", ratio=3, no_wrap=True, overflow="ellipsis")
-    table.add_column("moved", no_wrap=True)
-    table.add_column("x bound", justify="right", no_wrap=True)
-    table.add_column("what", ratio=7, no_wrap=True, overflow="ellipsis")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim", expand=True)
+    widest = max(len(case.name) for case in cases)
+    table.add_column("case", width=min(widest, _NAME), no_wrap=True, overflow="ellipsis")
+    table.add_column("moved", width=len(_SIDES["torch"]), no_wrap=True)
+    table.add_column("x bound", width=len("x bound"), justify="right", no_wrap=True)
+    table.add_column("what", ratio=1, no_wrap=True, overflow="ellipsis")
     for case in cases:
         cells = case.name, _SIDES[case.mover], excess(case), f"{case.effect}: {case.words}"
         table.add_row(*map(Text, cells))
@@ -69,11 +70,8 @@ def excess(case: CaseDiff) -> str:
 
 def environment(diff: "Diff") -> list[str]:
     """Says in a line or two what differs between the environments."""
-    versions = [
-        f"{s.name} {s.old or 'none'} -> {s.new or 'none'}"
-        for s in diff.settings
-        if " " not in s.name
-    ]
+    named = [s for s in diff.settings if " " not in s.name or s.name == "python version"]
+    versions = [f"{s.name.split()[0]} {s.old or 'none'} -> {s.new or 'none'}" for s in named]
     others = len(diff.settings) - len(versions)
     words = "; ".join(versions) or "no package has another version"
     lines = [f"{words}{f' (and {others} other settings)' if others else ''}"]
@@ -101,13 +99,13 @@ def square(diff: "Diff") -> list[tuple[str, str, str]]:
 
 def told(diff: "Diff") -> list[str]:
     """Returns lines on agreement, random streams, public names and cases."""
-    (_, *columns), *rows = square(diff)
-    cells = [
-        f"{row[0]} / {column}: {cell}"
+    _, *rows = square(diff)
+    pairs = [
+        f"{row[0].split()[0]}-{new} {cell.replace(' of ', '/')}"
         for row in rows
-        for column, cell in zip(columns, row[1:], strict=True)
+        for new, cell in zip(("old", "new"), row[1:], strict=True)
     ]
-    lines = ["agree in float64: " + "; ".join(cells)]
+    lines = [f"agree in float64 (JAX-PyTorch): {', '.join(pairs)}"]
     lines.append("random streams: " + _streams(diff))
     lines.append("public names: " + _names(diff))
     lines += [f"  {d.name}: {d.words}" for d in [d for d in diff.names if d.matters][:_TOLD]]

@@ -6,7 +6,7 @@ import numpy as np
 
 from flaxstab.parity._diff._types import Effect, NameDiff, Setting, StreamDiff
 from flaxstab.parity._inputs import Values, is_float, largest
-from flaxstab.parity._record._baseline import Baseline, Mark, Signature
+from flaxstab.parity._record._baseline import Baseline, Signature
 
 _OTHER = 1e-3  # of a draw's size: other draws differ by all of it, rounding by 1e-5 at most
 _KEPT_APART = ("imports",)
@@ -124,8 +124,3 @@ def _stream(name: str, old: np.ndarray, drawn: Values, failures: Mapping[str, st
     if not part <= _OTHER or not np.array_equal(np.isfinite(old), np.isfinite(new)):
         return StreamDiff(name, Effect.STREAM, f"draws differ by {part:.1g} of their size")
     return StreamDiff(name, Effect.ROUNDING, f"draws differ by {part:.0e} of their size")
-
-
-def failed(marks: Sequence[Mark]) -> dict[str, str]:
-    """Returns what could not be called, and why."""
-    return {mark.name: mark.word for mark in marks}

@@ -1,12 +1,12 @@
 """Judges how the values of one case have moved, by float64."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from flaxstab.parity._diff._types import BREAKING, GRAVITY, CaseDiff, Effect, Move, Square
+from flaxstab.parity._diff._types import GRAVITY, CaseDiff, Effect, Move, Square
 from flaxstab.parity._inputs import Values, is_float
 from flaxstab.parity._record._baseline import Errors, Record
 from flaxstab.parity._verdict import SEMANTICS, Finding, Side, Verdict, gaps, places_that_differ
@@ -38,25 +38,31 @@ def compare_records(name: str, old: Record, new: Record) -> CaseDiff:
 
 def _refused(old: Record, new: Record) -> tuple[Effect, str] | None:
     """Returns why two records cannot be compared, if they cannot."""
-    if new.facts.kind == "none":
-        if old.facts.kind == "none":
-            return Effect.SAME, f"runs in neither: {new.facts.error}"
-        return Effect.FAILS, new.facts.error
-    if old.facts.kind == "none":
-        return Effect.BETTER, f"runs now; before: {old.facts.error}"
-    if old.facts.kind != new.facts.kind:
-        return Effect.APART, f"one is a {old.facts.kind} and one a {new.facts.kind}"
+    kinds = old.facts.kind, new.facts.kind
+    if kinds == ("none", "none"):
+        return Effect.SAME, f"runs in neither: {new.facts.error}"
+    if "none" in kinds:
+        fails = kinds[1] == "none"
+        words = new.facts.error if fails else f"runs now; before: {old.facts.error}"
+        return Effect.FAILS if fails else Effect.BETTER, words
+    words = f"one is a {kinds[0]} and one a {kinds[1]}" if kinds[0] != kinds[1] else ""
+    words = words or _other_source(old, new)
+    return (Effect.APART, words) if words else None
+
+
+def _other_source(old: Record, new: Record) -> str:
+    """Says that two records started from other numbers, or nothing."""
     for what, a, b in (("inputs", old.inputs, new.inputs), ("weights", old.weights, new.weights)):
         apart = sorted(n for n in a.keys() | b.keys() if n not in a or n not in b)
         apart += sorted(n for n in a if n in b and not _equal(a[n], b[n]))
         if apart:
-            fix = "record NEW with --inputs-from OLD (or inputs_from=)"
-            return Effect.APART, f"{what} differ ({apart[0]}): {fix}"
-    hashes = [{m.name: m.word for m in r.facts.hashes if m.name.startswith("weights ")}
-              for r in (old, new)]  # fmt: skip
-    if hashes[0] != hashes[1]:
-        return Effect.APART, "large weights differ by their hashes: load the same ones"
-    return None
+            return f"{what} differ ({apart[0]}): record NEW with --inputs-from OLD"
+    hashes = [
+        {m.name: m.word for m in record.facts.hashes if m.name.startswith("weights ")}
+        for record in (old, new)
+    ]
+    same = hashes[0] == hashes[1]
+    return "" if same else "large weights differ by their hashes: load the same ones"
 
 
 def _passing(old: Record, new: Record) -> tuple[Effect, str] | None:
@@ -160,7 +166,7 @@ class _Case:
         unit = self._unit(sides)
         ratio = _worst(gaps(sides.old, sides.new), unit)
         size, bound = ratio / _TINY, SEMANTICS / _TINY
-        words = f"moved by {ratio:.1e} of its magnitude, where {SEMANTICS:.0e} is rounding"
+        words = f"moved by {ratio:.1e} of its magnitude ({SEMANTICS:.0e} is rounding)"
         effect = Effect.ROUNDING if ratio <= SEMANTICS else Effect.MEANING
         return Move(sides.name, "float64", sides.side, effect, size, bound, (0, 0), words)
 
@@ -179,7 +185,7 @@ class _Case:
         # By the triangle inequality the new error is at least as much as the value moved further.
         after = max(_error(new, sides.side), size - before - self._exact_size(sides, eps))
         bound = 2 * before + slack
-        words = f"is {after:.2g} eps off float64, was {before:.2g} (moved by {size:.2g})"
+        words = f"{after:.2g} eps off float64, was {before:.2g}"
         effect = Effect.ROUNDING
         if not after <= bound:
             effect = Effect.LARGER if self._within(sides, after) else Effect.WORSE
@@ -271,13 +277,3 @@ def _worst(gap: np.ndarray, unit: np.ndarray) -> float:
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def breaks(effect: Effect) -> bool:
-    """Whether an effect breaks what was right."""
-    return effect in BREAKING
-
-
-def shared(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """Returns the names in both, in the old order."""
-    return [name for name in old if name in new]
