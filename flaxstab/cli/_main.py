@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from flaxstab.cli import _convert, _selftest
+from flaxstab.cli import _convert, _diff, _record, _selftest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,5 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     _convert.add(commands)
     parity = commands.add_parser("parity", help="the harness that compares JAX with PyTorch")
     actions = parity.add_subparsers(metavar="ACTION", required=True)
+    _diff.add(actions)
+    _record.add(actions)
     _selftest.add(actions)
     return parser
