@@ -86,9 +86,9 @@ def _imports(
             what = f"{name} {versions[name]} is installed and cannot be imported: {error}"
             found.append(Finding("bad", what, fix))
     for side in ("jax", "torch"):
-        error = _at(described, side, "error")
-        if error:
-            found.append(Finding("bad", f"{side} cannot compute here: {error}"))
+        trouble = _at(described, side, "error")
+        if trouble:
+            found.append(Finding("bad", f"{side} cannot compute here: {trouble}"))
     return found
 
 
