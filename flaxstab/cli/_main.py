@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from flaxstab.cli import _env, _run, _selftest
+from flaxstab.cli import _env, _run, _selftest, _upgrade
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,4 +35,5 @@ def _parser() -> argparse.ArgumentParser:
     actions = parity.add_subparsers(metavar="ACTION", required=True)
     _selftest.add(actions)
     _run.add(actions)
+    _upgrade.add(actions)
     return parser
