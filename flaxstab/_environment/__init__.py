@@ -9,7 +9,7 @@ from flaxstab._environment._findings import Finding as Finding
 from flaxstab._environment._findings import findings as findings
 from flaxstab._environment._findings import pair_findings as pair_findings
 from flaxstab._environment._isolated import Ended as Ended
-from flaxstab._environment._isolated import Failed as Failed
+from flaxstab._environment._isolated import InstallError as InstallError
 from flaxstab._environment._isolated import build as build
 from flaxstab._environment._isolated import installed as installed
 from flaxstab._environment._known import BAD_PAIRS as BAD_PAIRS

@@ -30,12 +30,12 @@ class Ended(NamedTuple):
 Run = Callable[[Sequence[str]], Ended]
 
 
-class Failed(Exception):
+class InstallError(Exception):
     """The environment could not be made; the message says why."""
 
 
 def installed() -> dict[str, str]:
-    """Returns the versions of all packages here, but for those that lie in a folder of their own."""
+    """Returns the versions of all packages here, but for those from a folder or an address."""
     found = {}
     for package in metadata.distributions():
         name = normal(str(package.metadata["Name"] or ""))
@@ -63,9 +63,12 @@ def requirements(pins: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
 
 def attempts(pins: Mapping[str, str], here: Mapping[str, str]) -> list[list[str]]:
     """Returns constraints to try in turn: every version as it is now, the frameworks', none."""
-    free = (*pins, *(name for pin in pins for name in COMPANIONS.get(pin, ())))
-    kept = {name: version for name, version in here.items() if not name.startswith(free)}
-    kept |= {name: here[name] for name in FRAMEWORKS if name in here and name not in pins}
+    companions = tuple(name for pin in pins for name in COMPANIONS.get(pin, ()))
+    kept = {
+        name: version
+        for name, version in here.items()
+        if name not in pins and not name.startswith(companions)
+    }
     public = {name: version.partition("+")[0] for name, version in kept.items()}
     frameworks = {name: version for name, version in public.items() if name in FRAMEWORKS}
     return [
@@ -90,7 +93,7 @@ def build(
       The new environment's interpreter.
 
     Raises:
-      Failed: if the environment cannot be made or the versions cannot be installed.
+      InstallError: if the environment cannot be made or the versions cannot be installed.
     """
     _done(run([python or sys.executable, "-m", "venv", str(folder)]), "cannot make an environment")
     new = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
@@ -114,7 +117,7 @@ def build(
 
 def _done(ended: Ended, otherwise: str) -> Ended:
     if ended.code:
-        raise Failed(f"{otherwise}: {_reason(ended)}")
+        raise InstallError(f"{otherwise}: {_reason(ended)}")
     return ended
 
 

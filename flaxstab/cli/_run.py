@@ -20,7 +20,6 @@ OPTIONS = (
     "--strict-markers", "--strict-config", "--doctest-modules", "-p", "no:cacheprovider",
     "-W", "error",
 )  # fmt: skip
-NOTHING_COLLECTED = 5
 ENDS = {0: PASSED, 1: FAILED}
 
 
@@ -46,7 +45,7 @@ def run(given: argparse.Namespace) -> int:
     absent = [name for name in NEEDED if not imports(name)]
     if absent:
         return refuse(
-            f"{' and '.join(absent)} cannot be imported. Install them: pip install"
+            f"{', '.join(absent)} cannot be imported. Install them: pip install"
             " 'flaxstab[test]'; if they are installed, flaxstab env says what is wrong."
         )
     tests = _folder()

@@ -1,8 +1,9 @@
-"""``flaxstab parity upgrade``: tries other versions beside the current ones and says what changes."""
+"""``flaxstab parity upgrade``: tries other versions beside the current ones."""
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from flaxstab._environment import (
     Ended,
-    Failed,
+    InstallError,
     build,
     incidents,
     installed,
@@ -50,7 +51,7 @@ def add(actions: "Actions") -> None:
         " both, and says what moved, on which side, and whether it matters. The current environment"
         " stays as it is. PyTorch is installed there only if its version is to change; otherwise"
         " what it computes here is used, recorded.",
-        epilog="exit code: 0 safe, or safe with the changes that are listed; 1 it breaks; 2 refused",
+        epilog="exit code: 0 safe, or safe with the listed changes; 1 it breaks; 2 refused",
     )
     upgrade.add_argument(
         "--to", required=True, metavar="VERSIONS",
@@ -82,7 +83,7 @@ def run(given: argparse.Namespace) -> int:
         if given.keep:
             tell(f"kept: {place / 'environment'}")
         else:
-            _remove(place)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _check(given: argparse.Namespace, pins: Mapping[str, str]) -> None:
@@ -101,12 +102,6 @@ def _check(given: argparse.Namespace, pins: Mapping[str, str]) -> None:
         raise ValueError(f"report must be a folder, got {str(given.report)!r}.")
 
 
-def _remove(place: Path) -> None:
-    import shutil
-
-    shutil.rmtree(place, ignore_errors=True)
-
-
 def _run(given: argparse.Namespace, pins: Mapping[str, str], place: Path) -> int:
     """Makes the environment, records both, compares; returns the exit code."""
     reports = given.report or place / "report"
@@ -117,10 +112,9 @@ def _run(given: argparse.Namespace, pins: Mapping[str, str], place: Path) -> int
         python, there, verdict = _environment(given, pins, place)
         if python is not None:
             verdict = _compare(given, python, reports, torch="torch" in pins)
-    except Failed as failed:
-        _record_failure(failed)
+    except InstallError as failed:
         verdict = Verdict("breaks", str(failed), _explained(there))
-    except _Refused as refused:
+    except _RefusalError as refused:
         return refuse(str(refused))
     shown = "\n".join(_shown(here, there, verdict)) + "\n"
     write_whole(reports / "upgrade.txt", lambda path: path.write_text(shown, encoding="utf-8"))
@@ -128,12 +122,8 @@ def _run(given: argparse.Namespace, pins: Mapping[str, str], place: Path) -> int
     return FAILED if verdict.word == "breaks" else PASSED
 
 
-class _Refused(Exception):
+class _RefusalError(Exception):
     """The comparison cannot be made for a reason that is not the upgrade's."""
-
-
-def _record_failure(failed: Failed) -> None:
-    tell(f"the second environment {failed}")
 
 
 def _environment(
@@ -148,7 +138,7 @@ def _environment(
     try:
         described = json.loads(ended.out)
     except ValueError:
-        raise Failed(f"ends while its frameworks are imported: {_end(ended)}") from None
+        raise InstallError(f"ends while its frameworks are imported: {_end(ended)}") from None
     there = cast("dict[str, str | None]", described["packages"])
     needed = (*NEEDED, *(("torch",) if "torch" in pins else ()))
     for name in needed:
@@ -167,26 +157,31 @@ def _explained(versions: Mapping[str, str | None]) -> str:
 
 def _compare(given: argparse.Namespace, python: Path, reports: Path, *, torch: bool) -> Verdict:
     """Records in both environments and compares."""
-    old = given.baseline or reports / "before.npz"
-    new = reports / "after.npz"
+    old = given.baseline or reports / "before.baseline"
+    new = reports / "after.baseline"
     cases = ("--cases", *given.cases) if given.cases else ()
     if given.baseline is None:
         tell(f"recording with the current versions: {old}")
         ended = call([sys.executable, *COMMAND, "parity", "record", str(old), *cases])
-        if ended.code:
-            raise _Refused(f"nothing could be recorded with the current versions: {_end(ended)}")
+        if not _recorded(ended, old):
+            raise _RefusalError(f"nothing could be recorded as things are: {_end(ended)}")
     tell(f"recording with the other versions: {new}")
-    recorded = () if torch else ("--torch-from", str(old))
-    ended = call([str(python), "-I", *COMMAND, "parity", "record", str(new), *cases, *recorded])
-    if ended.code:
+    source = ("--inputs-from" if torch else "--torch-from", str(old))
+    ended = call([str(python), "-I", *COMMAND, "parity", "record", str(new), *cases, *source])
+    if not _recorded(ended, new):
         return Verdict("breaks", f"the cases cannot be run: {_end(ended)}")
     tell("comparing")
     written = ("--json", str(reports / "diff.json"), "--html", str(reports / "diff.html"))
     ended = call([sys.executable, *COMMAND, "parity", "diff", str(old), str(new), *written])
     if ended.code not in (PASSED, FAILED):
-        raise _Refused(f"the two records cannot be compared: {_end(ended)}")
+        raise _RefusalError(f"the two records cannot be compared: {_end(ended)}")
     word = json.loads((reports / "diff.json").read_text(encoding="utf-8"))["verdict"]
     return Verdict(word, "", ended.out)
+
+
+def _recorded(ended: Ended, file: Path) -> bool:
+    """Tells whether a record was written; one with cases that do not pass is one, too."""
+    return ended.code in (PASSED, FAILED) and file.is_file()
 
 
 def call(words: Sequence[str]) -> Ended:
