@@ -15,6 +15,11 @@ from flaxstab.parity._replay import replayed as replayed
 from flaxstab.parity._report import Departure as Departure
 from flaxstab.parity._report import Report as Report
 from flaxstab.parity._report import Tolerance as Tolerance
+from flaxstab.parity._session import Case as Case
+from flaxstab.parity._session import Session as Session
+from flaxstab.parity._session import read_report as read_report
+from flaxstab.parity._session import read_session as read_session
+from flaxstab.parity._session import write_report as write_report
 from flaxstab.parity._statistics import HasCdf as HasCdf
 from flaxstab.parity._statistics import HasMean as HasMean
 from flaxstab.parity._statistics import IsNormal as IsNormal

@@ -89,19 +89,8 @@ def compare(
       P. Micikevicius et al., "Mixed Precision Training", 2018, arXiv:1710.03740, for what is
       kept in float32; D. S. Parker, "Monte Carlo Arithmetic", 1997, for the magnitude.
     """
-    _check_options(layout, weights, dtypes)
-    check(
-        rename is None or callable(rename),
-        "rename must be a function of names",
-        rename=rename,
-        fix="Of a dict d pass lambda name: d.get(name, name).",
-    )
-    kinds = [str(interop.to_numpy(a).dtype) for a in inputs]
-    fix = "Compare real and imaginary parts, as functions of both."
-    check(
-        not any("complex" in kind for kind in kinds), "inputs must be real", fix=fix, inputs=kinds
-    )
-    arrays, allowed = tuple(interop.to_numpy(a) for a in inputs), check_tolerances(tolerances)
+    check_options(layout, weights, rename, dtypes)
+    arrays, allowed = checked_inputs(inputs), check_tolerances(tolerances)
     if isinstance(flax_side, TrainStep):
         both = _both_steps(torch_side, witness)
         return trajectory(
@@ -120,7 +109,35 @@ def compare(
     return pair.judge(arrays, dtypes=dtypes, tolerances=allowed, seed=seed)
 
 
-def _check_options(layout: Layout, weights: Weights, dtypes: Sequence[DTypeLike]) -> None:
+def checked_inputs(inputs: Sequence[object]) -> tuple[np.ndarray, ...]:
+    """Returns inputs as NumPy's arrays.
+
+    Raises:
+      ValueError: if one is complex.
+    """
+    arrays = tuple(interop.to_numpy(a) for a in inputs)
+    kinds = [str(a.dtype) for a in arrays]
+    fix = "Compare real and imaginary parts, as functions of both."
+    check(
+        not any("complex" in kind for kind in kinds), "inputs must be real", fix=fix, inputs=kinds
+    )
+    return arrays
+
+
+def check_options(
+    layout: Layout, weights: Weights, rename: Rename | None, dtypes: Sequence[DTypeLike]
+) -> None:
+    """Checks what :func:`compare` is told.
+
+    Raises:
+      ValueError: if an option is none of those that there are.
+    """
+    check(
+        rename is None or callable(rename),
+        "rename must be a function of names",
+        rename=rename,
+        fix="Of a dict d pass lambda name: d.get(name, name).",
+    )
     check(layout in ("image", None), "layout must be 'image' or None", layout=layout)
     rule = "weights must be 'torch', 'flax' or None"
     check(weights in ("torch", "flax", None), rule, weights=weights)

@@ -33,6 +33,10 @@ AMPLIFIED = 64  # eps of a tensor's size by which perturbed runs part where trai
 NOISE = 16.0  # there one run may be 4 times as far off as others by chance, and Adam squares it
 
 Batch = tuple[np.ndarray, ...]
+# After a step of a precision: both sides' values, and how far perturbed runs ever were apart.
+Watch = Callable[
+    [int, str, Mapping[str, np.ndarray], Mapping[str, np.ndarray], dict[str, float]], None
+]
 Advance = Callable[[PyTree, list[Array]], tuple[Mapping[str, Array], PyTree]]
 
 
@@ -134,6 +138,7 @@ def lockstep(
     dtypes: Sequence[DTypeLike],
     tolerances: tuple[Tolerance, ...] = (),
     witness: TorchSystem | None = None,
+    watch: Watch | None = None,
 ) -> Report:
     """Trains both systems and judges every quantity after every step.
 
@@ -150,6 +155,7 @@ def lockstep(
       dtypes: the lower precisions.
       tolerances: see :func:`compare`.
       witness: see :func:`compare`.
+      watch: is shown what both sides computed, step by step, float64 first.
     """
     stored = max(dtypes, key=lambda kind: float(jnp.finfo(kind).eps), default=np.float64)
     advance = jax.jit(ours.advance)
@@ -161,7 +167,7 @@ def lockstep(
         None if witness is None else witness.start(exact),
     )
     lows = [_low(ours, theirs, advance, dtype, stored) for dtype in dtypes]
-    book = _Book(tolerances, theirs.optional)
+    book = _Book(tolerances, theirs.optional, watch)
     for step, batch in enumerate(batches, 1):
         _one_step(step, tuple(round_to(a, stored) for a in batch), wide, lows, book)
     unnamed = ours.unnamed(wide.jax.state)
@@ -191,12 +197,14 @@ def _one_step(step: int, batch: Batch, wide: _Wide, lows: list[_Low], book: "_Bo
     third = {} if wide.witness is None else wide.witness(batch, wide.jax.state)
     ours = wide.jax.step(batch)
     moves = [run.step(batch) for run in wide.moved]
-    for name in [*ours, *(n for n in theirs if n not in ours)]:
+    # Of some steps nothing was recorded, where PyTorch is absent.
+    for name in [*ours, *(n for n in theirs if n not in ours)] if theirs else []:
         if name in ours and name in theirs:
             sides = ours[name], theirs[name]
             book.judge_wide(step, name, sides, [m[name] for m in moves], third.get(name))
         else:
             book.alone(step, name, "Flax" if name in ours else "PyTorch")
+    book.show(step, np.float64, ours, theirs)
     for low in lows:
         theirs_low = low.torch(batch, low.jax.state)
         ours_low = low.jax.step(batch)
@@ -205,17 +213,20 @@ def _one_step(step: int, batch: Batch, wide: _Wide, lows: list[_Low], book: "_Bo
             oracles, sides = (ours[name], theirs[name]), (ours_low[name], theirs_low[name])
             if name in ours and is_float(ours[name]):
                 book.judge_low(step, name, low.dtype, sides, oracles, [m[name] for m in moves])
+        book.show(step, low.dtype, ours_low, theirs_low)
 
 
 class _Book:
     """The worst finding of every quantity, and the first that left its bound."""
 
-    def __init__(self, tolerances: tuple[Tolerance, ...], optional: set[str]) -> None:
+    def __init__(
+        self, tolerances: tuple[Tolerance, ...], optional: set[str], watch: Watch | None
+    ) -> None:
         self.findings: dict[tuple[str, str], Finding] = {}
         self.notes: dict[str, None] = {}  # an ordered set
         self._optional = optional
         self.departure: Departure | None = None
-        self._tolerances = tolerances
+        self._tolerances, self._watch = tolerances, watch
         self._spread: dict[tuple[str, str], float] = {}
         self._size: dict[str, float] = {}
 
@@ -236,6 +247,13 @@ class _Book:
             _gravity(old) < 2 and (_gravity(finding), finding.excess) > (_gravity(old), old.excess)
         ):
             self.findings[key] = finding
+
+    def show(self, step: int, dtype: DTypeLike, ours: Values, theirs: Values) -> None:
+        """Shows a step's values to whoever watches."""
+        if self._watch is not None:
+            name = jnp.dtype(dtype).name
+            spreads = {n: gap for (n, kind), gap in self._spread.items() if kind == name}
+            self._watch(step, name, ours, theirs, spreads)
 
     def alone(self, step: int, name: str, owner: str) -> None:
         """Notes a quantity that one side has, or finds fault with it."""

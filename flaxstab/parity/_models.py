@@ -16,6 +16,7 @@ from flaxstab.parity._flax_side import FlaxSide
 from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest, own_rng, round_to
 from flaxstab.parity._precision import Precision
 from flaxstab.parity._program import NNXProgram, Program, program
+from flaxstab.parity._recorded import RecordedSide
 from flaxstab.parity._replay import check_silent
 from flaxstab.parity._report import Report, Tolerance, factor_of
 from flaxstab.parity._torch_side import Rename, TorchSide
@@ -29,6 +30,7 @@ from flaxstab.parity._verdict import (
     repeated_draws,
     the_wrong_one,
 )
+from flaxstab.parity._watched import Watched
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +47,7 @@ class Pair:
 
     Args:
       flax_side: an ``nnx.Module``, a :class:`Linen`, or a function.
-      torch_side: its counterpart.
+      torch_side: its counterpart, or what was recorded of it.
       inputs: as they will be given to :meth:`judge`; their shapes count.
       layout: see :func:`compare`.
       weights: see :func:`compare`.
@@ -59,7 +61,7 @@ class Pair:
     def __init__(
         self,
         flax_side: object,
-        torch_side: "torch.nn.Module | Callable[..., torch.Tensor]",
+        torch_side: "torch.nn.Module | Callable[..., torch.Tensor] | RecordedSide",
         inputs: Sequence[np.ndarray],
         *,
         layout: Layout = None,
@@ -69,7 +71,8 @@ class Pair:
     ) -> None:
         self._layout: Layout = layout
         self._program = program(flax_side, tuple(inputs))
-        self._torch = TorchSide(torch_side, rename)
+        recorded = isinstance(torch_side, RecordedSide)
+        self._torch = torch_side if recorded else TorchSide(torch_side, rename)
         self._ignored = carry(self._program, self._torch, weights)
         self._without = tuple(f" {name}" for name in self._ignored)
         self._flax = FlaxSide(self._program)
@@ -91,14 +94,7 @@ class Pair:
         seed: int = 0,
     ) -> Report:
         """Compares both sides on some inputs; see :func:`compare`."""
-        rng = own_rng(seed)
-        cotangents = {name: rng.normal(size=shape) for name, shape in self._shapes.items()}
-        fed = Inputs(tuple(inputs), cotangents, self._layout)
-        kinds = [jnp.dtype(kind) for kind in dtypes]
-        for kind in kinds:
-            _check_range(fed.arrays, kind)
-        # Where float32 is judged, float64 starts from the same rounded numbers and serves both.
-        stored = np.float32 if np.dtype(np.float32) in kinds else np.float64
+        fed, kinds, stored = self._fed(inputs, dtypes, seed)
         exact = self._exact(fed, stored)
         magnitudes = self._flax.magnitudes(exact.fed, exact.ours, exact.precision)
         findings = self._semantics(exact, magnitudes, tolerances)
@@ -116,6 +112,46 @@ class Pair:
         )
         notes += [f"the tolerance for {t.pattern!r} (no quantity has such a name)" for t in unused]
         return Report(tuple(findings), tuple(notes), tolerances, pinned=self._program.pinned())
+
+    def watch(
+        self, inputs: Sequence[np.ndarray], *, dtypes: Sequence[DTypeLike], seed: int
+    ) -> Watched:
+        """Runs both sides as :meth:`judge` does; returns all values and what judges them."""
+        fed, kinds, stored = self._fed(inputs, dtypes, seed)
+        exact, watched = self._exact(fed, stored), Watched()
+        magnitudes = self._flax.magnitudes(exact.fed, exact.ours, exact.precision)
+        watched.add("float64", exact.ours, exact.theirs, magnitudes)
+        for kind in kinds:
+            oracle = exact if kind == stored else self._exact(fed, kind)
+            low = self._low(oracle, kind, magnitudes)
+            watched.add(kind.name, low.ours, low.theirs, low.units)
+            if oracle is not exact:  # what judges PyTorch's side where it is absent
+                watched.torch[f"float64 of {kind.name}"] = oracle.theirs
+            for finding in self._judged(low, oracle, kind, ()):
+                errors = finding.jax_error, finding.torch_error
+                watched.errors[kind.name, finding.name] = errors
+        return watched
+
+    def tensors(self) -> Values:
+        """Returns the weights and statistics that both sides start from, by PyTorch's names."""
+        return self._torch.tensors()
+
+    def buffer_names(self) -> set[str]:
+        """Returns the names of the tensors that are no parameters."""
+        return self._torch.buffer_names()
+
+    def _fed(
+        self, inputs: Sequence[np.ndarray], dtypes: Sequence[DTypeLike], seed: int
+    ) -> tuple[Inputs, list[np.dtype], DTypeLike]:
+        """Returns what both sides are fed, the lower precisions, and what is rounded to first."""
+        rng = own_rng(seed)
+        cotangents = {name: rng.normal(size=shape) for name, shape in self._shapes.items()}
+        fed = Inputs(tuple(inputs), cotangents, self._layout)
+        kinds = [jnp.dtype(kind) for kind in dtypes]
+        for kind in kinds:
+            _check_range(fed.arrays, kind)
+        # Where float32 is judged, float64 starts from the same rounded numbers and serves both.
+        return fed, kinds, np.float32 if np.dtype(np.float32) in kinds else np.float64
 
     def _exact(self, fed: Inputs, stored: DTypeLike) -> "_Exact":
         """Runs both sides in float64 on numbers rounded to a dtype."""
@@ -170,7 +206,7 @@ class Pair:
         return [f if f.passed or f.side else f._replace(side=side(f.name)) for f in findings]
 
     def _off_slope(self, fed: Inputs, name: str, ours: np.ndarray, theirs: np.ndarray) -> Side:
-        if ours.shape != theirs.shape:
+        if ours.shape != theirs.shape or self._torch.recorded:
             return ""
         direction = own_rng(0).normal(size=ours.shape)
         slope = self._torch.slope(fed, name, direction, self._drawing)
@@ -188,7 +224,7 @@ class Pair:
         tolerances: tuple[Tolerance, ...],
     ) -> list[Finding]:
         findings, units = self._numerics_once(exact, dtype, magnitudes, tolerances)
-        for seed in range(_REDRAWS):
+        for seed in range(0 if self._torch.recorded else _REDRAWS):
             suspects = [f.name for f in findings if f.side]
             if not suspects:
                 break
@@ -257,23 +293,35 @@ class Pair:
         tolerances: tuple[Tolerance, ...],
     ) -> tuple[list[Finding], Values]:
         """Returns the findings, and the unit of each one's errors: see ``judge_numerics``."""
+        low = self._low(exact, dtype, magnitudes)
+        return self._judged(low, exact, dtype, tolerances), low.units
+
+    def _low(self, exact: "_Exact", dtype: DTypeLike, magnitudes: Values) -> "_Low":
+        """Runs both sides at a lower precision."""
         fed, low = exact.fed, Precision(dtype, dtype)
         ours, theirs = self._flax.run(fed, low), self._torch.run(fed, low, self._drawing)
         sensitivities = self._flax.sensitivities(fed, exact.ours, exact.precision)
-        kind, findings = jnp.dtype(dtype), []
         units: dict[str, np.ndarray] = {}
         for name in (n for n in ours if n in theirs and is_float(exact.ours[n])):
-            # Each side is held to its own float64 result: what programs mean is judged already.
-            sides, oracles = (ours[name], theirs[name]), (exact.ours[name], exact.theirs[name])
-            factor, unit = factor_of(name, tolerances), sensitivities[name]
-            if name.startswith("grad ") and _vanishes(oracles[0], magnitudes[name], kind):
+            unit, oracle = sensitivities[name], exact.ours[name]
+            if name.startswith("grad ") and _vanishes(oracle, magnitudes[name], jnp.dtype(dtype)):
                 unit = np.maximum(unit, magnitudes[name])
             units[name] = unit
+        return _Low(ours, theirs, units)
+
+    def _judged(
+        self, low: "_Low", exact: "_Exact", dtype: DTypeLike, tolerances: tuple[Tolerance, ...]
+    ) -> list[Finding]:
+        kind, findings = jnp.dtype(dtype), []
+        for name, unit in low.units.items():
+            # Each side is held to its own float64 result: what programs mean is judged already.
+            sides = low.ours[name], low.theirs[name]
+            oracles, factor = (exact.ours[name], exact.theirs[name]), factor_of(name, tolerances)
             findings.append(
                 _other_dtype(name, kind.name, *sides)
                 or judge_numerics(name, *sides, oracles, unit, kind, factor)
             )
-        return findings, units
+        return findings
 
 
 def _check_range(arrays: tuple[np.ndarray, ...], dtype: np.dtype) -> None:
@@ -299,7 +347,15 @@ class _Exact(NamedTuple):
     repeated: list[Finding]
 
 
-def carry(flax: Program, torch_side: TorchSide, weights: Weights) -> tuple[str, ...]:
+class _Low(NamedTuple):
+    """Both sides' results at a lower precision, and the units of their errors."""
+
+    ours: Values
+    theirs: Values
+    units: Values
+
+
+def carry(flax: Program, torch_side: TorchSide | RecordedSide, weights: Weights) -> tuple[str, ...]:
     """Carries the weights; returns the names of tensors that Flax does without."""
     if weights == "torch":
         needless = flax.load(torch_side.tensors(), torch_side.buffer_names())

@@ -11,10 +11,11 @@ import optax
 from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike, PyTree
 from flaxstab.parity._inputs import Values, is_float, own_rng, round_to
-from flaxstab.parity._lockstep import STEPS, Batch, lockstep, updates
+from flaxstab.parity._lockstep import STEPS, Batch, Watch, lockstep, updates
 from flaxstab.parity._optimizer_state import jax_state, torch_state, unnamed
 from flaxstab.parity._place import located
 from flaxstab.parity._precision import EXACT, Precision
+from flaxstab.parity._recorded import RecordedSteps
 from flaxstab.parity._replay import Draws
 from flaxstab.parity._report import Report, Tolerance
 from flaxstab.parity._torch_side import numpy_of, torch_dtype, torch_tensor
@@ -37,6 +38,7 @@ def compare_optimizers(
     tolerances: tuple[Tolerance, ...],
     witness: PyTree,
     seed: int,
+    watch: Watch | None = None,
 ) -> Report:
     """Compares updates, parameters and state after each of 10 steps; see :func:`compare`."""
     check(
@@ -44,24 +46,32 @@ def compare_optimizers(
         "inputs must be the initial parameters, floating-point arrays",
         inputs=[str(a.dtype) for a in inputs],
     )
-    import torch
-
     given = [factory] if witness is None else [factory, witness]
-    check(
-        all(callable(one) and not isinstance(one, torch.nn.Module) for one in given),
-        "torch_side of an optax transformation must make a torch.optim.Optimizer of parameters",
-        torch_side=type(factory).__name__,
-        fix="Pass lambda ps: torch.optim.AdamW(ps, lr=1e-3).",
-    )
-    theirs = _Torch(factory, inputs)
+    theirs, *others = (_torch(one, inputs) for one in given)
     return lockstep(
         _Optax(tx, inputs, applies=theirs.applies()),
         theirs,
         _gradients(inputs, seed),
         dtypes=dtypes,
         tolerances=tolerances,
-        witness=None if witness is None else _Torch(witness, inputs),
+        witness=others[0] if others else None,
+        watch=watch,
     )
+
+
+def _torch(factory: PyTree, inputs: Sequence[np.ndarray]) -> "_Torch | RecordedSteps":
+    """Returns PyTorch's side, which runs or was recorded."""
+    if isinstance(factory, RecordedSteps):
+        return factory
+    import torch
+
+    check(
+        callable(factory) and not isinstance(factory, torch.nn.Module),
+        "torch_side of an optax transformation must make a torch.optim.Optimizer of parameters",
+        torch_side=type(factory).__name__,
+        fix="Pass lambda ps: torch.optim.AdamW(ps, lr=1e-3).",
+    )
+    return _Torch(factory, inputs)
 
 
 def _gradients(inputs: Sequence[np.ndarray], seed: int) -> Iterator[Batch]:

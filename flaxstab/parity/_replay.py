@@ -13,10 +13,11 @@ from flax import nnx
 from flaxstab import interop
 from flaxstab._checks import check
 from flaxstab._typing import Shape
+from flaxstab.attention import MultiHeadAttention
 from flaxstab.dropout import AlphaDropout, ChannelDropout, Dropout, DropPath, RecurrentDropout
 from flaxstab.dropout._base import Dropping
 from flaxstab.parity._inputs import Layout, channels_first
-from flaxstab.parity._replay_attention import attention_rate, replay_attention
+from flaxstab.parity._replay_attention import attention_draw, attention_rate, replay_attention
 
 if TYPE_CHECKING:
     import torch
@@ -209,6 +210,23 @@ def replayed(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def drawn_by(flax_model: nnx.Module) -> dict[str, np.ndarray]:
+    """Returns what each random layer of a model would draw now, for inputs of one small shape.
+
+    Tells whether the random stream that a model takes has changed; needs no PyTorch.
+
+    Args:
+      flax_model: a model in training mode; it is not changed.
+    """
+    found: dict[str, np.ndarray] = {}
+    for name, module in interop.named_modules(flax_model).items():
+        if isinstance(module, MultiHeadAttention) and module.p > 0:
+            found[name] = attention_draw(nnx.clone(module), (1, 2, 4, 8))
+        elif type(module) in _REPLAYS and (_rate(module) > 0 or not isinstance(module, _DROPOUTS)):
+            found[name] = np.asarray(_REPLAYS[type(module)].draw(nnx.clone(module), (8, 4, 4, 8)))
+    return found
 
 
 def _renamed(name: str, rename: Callable[[str], str] | None) -> str:

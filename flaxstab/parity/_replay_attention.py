@@ -98,8 +98,7 @@ class Exchange:
         """Returns which probabilities the layer's next call keeps."""
         import torch
 
-        key = cast("Array", self.layer.next_key(deterministic=False))
-        kept = np.asarray(functional.attention_dropout_mask(key, self.layer.p, shape))
+        kept = attention_draw(self.layer, shape)
         self.tell(kept)
         return torch.tensor(kept)
 
@@ -132,6 +131,17 @@ class Exchange:
         q, k, v = (tensor.to(wide) for tensor in (query, key, value))
         _, weights = plain(q, k, v, bias, 0.0, is_causal)
         return (_dropped(weights, kept, dropout_p) @ v).to(query.dtype)
+
+
+def attention_draw(layer: MultiHeadAttention, shape: Shape) -> np.ndarray:
+    """Returns which probabilities a layer's next call keeps, and counts that call.
+
+    Args:
+      layer: in training mode.
+      shape: ``(N, H, L, S)``.
+    """
+    key = cast("Array", layer.next_key(deterministic=False))
+    return np.asarray(functional.attention_dropout_mask(key, layer.p, shape))
 
 
 def _dropped(weights: "torch.Tensor", kept: "torch.Tensor", p: float) -> "torch.Tensor":

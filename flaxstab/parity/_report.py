@@ -114,26 +114,54 @@ class Report(NamedTuple):
         """The finding to look at first."""
         return min(self.findings, key=lambda f: (_GRAVITY.index(f.verdict), -f.excess))
 
-    def __str__(self) -> str:
+    @property
+    def gravity(self) -> int:
+        """The verdict's place, 0 for the gravest kind."""
+        return _GRAVITY.index(self.verdict)
+
+    @property
+    def headline(self) -> str:
+        """The verdict, the side at fault and the counts, in one line."""
         counts = [
             f"{sum(f.verdict is kind for f in self.findings)} {kind}"
             for kind in _GRAVITY
             if any(f.verdict is kind for f in self.findings)
         ]
         side = f" ({self.side} is at fault)" if self.side else ""
-        lines = [f"{self.verdict}{side}: {', '.join(counts)} of {len(self.findings)} quantities"]
-        if self.departure is not None:
-            first = self.departure
-            lines.append(f"  first apart: {first.name} after step {first.step}, in {first.dtype}")
+        return f"{self.verdict}{side}: {', '.join(counts)} of {len(self.findings)} quantities"
+
+    @property
+    def telling(self) -> tuple[Finding, ...]:
+        """The findings to be shown, float64's first: failures, or what is worse in PyTorch.
+
+        What after more steps repeats what was found after fewer is left out.
+        """
         worse = [f for f in self.findings if f.verdict is Verdict.TORCH_WORSE]
         grave = [f for f in self.findings if not f.passed] or worse
         grave = [f for f in grave if not _follows(f, grave)]
-        shown = sorted(grave, key=lambda f: (f.dtype != "float64", f.passed))
-        shown = shown or ([self.worst] if self.findings else [])
+        return tuple(sorted(grave, key=lambda f: (f.dtype != "float64", f.passed)))
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """Where to look, in words."""
+        return tuple(self._hints([*self.telling]))
+
+    def __rich__(self) -> object:
+        """Returns what ``rich`` prints: one screen, the gravest findings first."""
+        from flaxstab.parity._report_screen import ReportScreen
+
+        return ReportScreen(self)
+
+    def __str__(self) -> str:
+        lines = [self.headline]
+        if self.departure is not None:
+            first = self.departure
+            lines.append(f"  first apart: {first.name} after step {first.step}, in {first.dtype}")
+        shown = self.telling or ((self.worst,) if self.findings else ())
         lines += [_line(f) for f in shown[:_SHOWN]]
         if len(shown) > _SHOWN:
             lines.append(f"  ... and {len(shown) - _SHOWN} more in report.findings")
-        lines += [f"  look at: {hint}" for hint in self._hints(grave)]
+        lines += [f"  look at: {hint}" for hint in self.hints]
         lines += [f"  not compared: {note}" for note in self.notes[:3]]
         lines += [
             f"  tolerance: {t.pattern} x{t.factor:g}, because {t.reason}" for t in self.tolerances

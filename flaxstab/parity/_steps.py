@@ -15,12 +15,13 @@ from flaxstab._checks import check, check_positive
 from flaxstab._typing import Array, DTypeLike, PyTree
 from flaxstab.parity._flax_side import stored_as
 from flaxstab.parity._inputs import Layout, Values, channels_first, growth, is_float
-from flaxstab.parity._lockstep import STEPS, Batch, lockstep, updates
+from flaxstab.parity._lockstep import STEPS, Batch, Watch, lockstep, updates
 from flaxstab.parity._models import Weights, carry
 from flaxstab.parity._optimizer_state import jax_state, torch_state, unnamed
 from flaxstab.parity._place import located
 from flaxstab.parity._precision import Precision, jax_at
 from flaxstab.parity._program import NNXProgram
+from flaxstab.parity._recorded import RecordedSteps
 from flaxstab.parity._replay import Draws, replayed
 from flaxstab.parity._report import Report, Tolerance, check_tolerances
 from flaxstab.parity._torch_side import (
@@ -119,7 +120,43 @@ def trajectory(
       >>> trajectory(ours, theirs, [[numpy.eye(3)]], steps=20).passed
       True
     """
-    both = isinstance(flax_side, TrainStep) and isinstance(torch_side, TrainStep)
+    return train_both(
+        flax_side, torch_side, batches, steps=steps, layout=layout, weights=weights,
+        rename=rename, dtypes=dtypes, witness=witness, tolerances=tolerances,
+    )  # fmt: skip
+
+
+def train_both(
+    flax_side: TrainStep,
+    torch_side: TrainStep | RecordedSteps,
+    batches: Iterable[Sequence[np.ndarray]],
+    *,
+    steps: int,
+    layout: Layout = None,
+    weights: Weights = "torch",
+    rename: Rename | None = None,
+    dtypes: Sequence[DTypeLike] = (),
+    witness: TrainStep | None = None,
+    tolerances: Sequence[Tolerance] = (),
+    watch: Watch | None = None,
+) -> Report:
+    """Trains both sides; see :func:`trajectory`.
+
+    Args:
+      flax_side: as of ``trajectory``, likewise all others that are not named here.
+      torch_side: PyTorch's side, or what was recorded of it.
+      batches: see ``trajectory``.
+      steps: see ``trajectory``.
+      layout: see ``trajectory``.
+      weights: see ``trajectory``.
+      rename: see ``trajectory``.
+      dtypes: see ``trajectory``.
+      witness: see ``trajectory``.
+      tolerances: see ``trajectory``.
+      watch: is shown what both sides computed, step by step.
+    """
+    kinds_of_torch = TrainStep | RecordedSteps
+    both = isinstance(flax_side, TrainStep) and isinstance(torch_side, kinds_of_torch)
     given = f"{type(flax_side).__name__} and {type(torch_side).__name__}"
     check(both, "both sides must be a parity.TrainStep", sides=given)
     check_positive(steps=steps)
@@ -129,7 +166,12 @@ def trajectory(
     known = [tuple(interop.to_numpy(a) for a in batch) for batch in batches]
     check(len(known) > 0, "batches must hold at least one batch", batches=[])
     ours = _FlaxStep(flax_side)
-    theirs, other = _TorchStep(torch_side, ours, layout, rename), None
+    theirs: _TorchStep | RecordedSteps
+    if isinstance(torch_side, RecordedSteps):
+        theirs = torch_side
+    else:
+        theirs = _TorchStep(torch_side, ours, layout, rename)
+    other = None
     theirs.optional |= {f"buffer {n}" for n in carry(ours.program, theirs.side, weights)}
     if witness is not None:
         other = _TorchStep(witness, ours, layout, rename)
@@ -141,6 +183,7 @@ def trajectory(
         dtypes=dtypes,
         tolerances=allowed,
         witness=other,
+        watch=watch,
     )
 
 

@@ -48,9 +48,14 @@ class TorchSide:
       target: the module (it is copied, never changed, and set to training mode), or the function.
       rename: from this module's names to the names that the results go by.
 
+    Attributes:
+      recorded: false; see :class:`flaxstab.parity._recorded.RecordedSide`.
+
     Raises:
       ValueError: if the target is neither.
     """
+
+    recorded = False
 
     def __init__(
         self,

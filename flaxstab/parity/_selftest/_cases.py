@@ -16,7 +16,7 @@ from flaxstab import functional, linear, norms
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.parity._inputs import Layout
 from flaxstab.parity._selftest import _witness as witness
-from flaxstab.parity._selftest._plant import Function, Sides, torch_functional
+from flaxstab.parity._selftest._plant import Build, Function, Sides, torch_functional
 
 if TYPE_CHECKING:
     import torch
@@ -66,11 +66,14 @@ def _layer(
     x: np.ndarray,
     dtypes: Dtypes = (),
 ) -> Callable[[], Sides]:
-    def build() -> Sides:
-        layer = drawn(theirs())
-        return Sides(ours(), layer, (x,), witness.plain(layer, formula), layout_of(x), dtypes)
-
-    return build
+    return Build(
+        ours,
+        lambda: drawn(theirs()),
+        (x,),
+        lambda layer: witness.plain(layer, formula),
+        layout_of(x),
+        dtypes,
+    )
 
 
 def function(
@@ -80,12 +83,15 @@ def function(
     *inputs: np.ndarray,
     dtypes: Dtypes = (),
 ) -> Callable[[], Sides]:
-    def build() -> Sides:
+    return Build(
         # A new function each time: JAX keeps what it compiled for as long as the function lives.
-        fresh = functools.partial(ours)
-        return Sides(fresh, theirs, inputs, formula, layout_of(inputs[0]), dtypes)
-
-    return build
+        lambda: functools.partial(ours),
+        lambda: theirs,
+        inputs,
+        lambda _: formula,
+        layout_of(inputs[0]),
+        dtypes,
+    )
 
 
 def _torch_nn(name: str, *arguments: object, **options: object) -> Callable[[], "torch.nn.Module"]:

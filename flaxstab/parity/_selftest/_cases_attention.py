@@ -10,7 +10,7 @@ from flaxstab._typing import Array
 from flaxstab.attention import MultiHeadAttention
 from flaxstab.parity._selftest import _witness as witness
 from flaxstab.parity._selftest._cases import DROP, drawn, normal
-from flaxstab.parity._selftest._plant import Sides
+from flaxstab.parity._selftest._plant import Build, Sides
 
 if TYPE_CHECKING:
     import torch
@@ -31,50 +31,60 @@ class _Attending(nnx.Module):
         return self.attn(x, memory, attn_mask=mask, is_causal=self.is_causal)
 
 
+def _classes(p: float, is_causal: bool) -> "tuple[type[torch.nn.Module], type[torch.nn.Module]]":
+    """Returns PyTorch's twin of ``_Attending`` and its plain formula."""
+    import torch
+
+    class Attending(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(SIZE, HEADS, p, batch_first=True)
+
+        def mask(self, keys: int, *masks: "torch.Tensor") -> "torch.Tensor":
+            if not is_causal:
+                return masks[0]
+            return torch.ones(QUERIES, keys, dtype=torch.bool).triu(1)
+
+        def forward(self, *given: "torch.Tensor") -> "torch.Tensor":
+            x, memory, *masks = given
+            mask = self.mask(memory.shape[1], *masks)
+            options = {"attn_mask": mask, "is_causal": is_causal, "need_weights": False}
+            return self.attn(x, memory, memory, **options)[0]
+
+    class Formula(torch.nn.MultiheadAttention):
+        def forward(self, *given: "torch.Tensor") -> "torch.Tensor":
+            return witness.attention(self, *given)
+
+    class Plain(Attending):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = Formula(SIZE, HEADS, p)
+
+        def forward(self, *given: "torch.Tensor") -> "torch.Tensor":
+            x, memory, *masks = given
+            return self.attn(x, memory, self.mask(memory.shape[1], *masks))
+
+    return Attending, Plain
+
+
 def _attention(
     memory: np.ndarray, *masks: np.ndarray, p: float = 0.0, is_causal: bool = False
 ) -> Callable[[], Sides]:
     x = normal(len(memory), QUERIES, SIZE, seed=1, offset=0.5, scale=1.0)
 
-    def build() -> Sides:
+    def theirs() -> "torch.nn.Module":
         import torch
 
-        class Attending(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.attn = torch.nn.MultiheadAttention(SIZE, HEADS, p, batch_first=True)
-
-            def mask(self, keys: int, *masks: "torch.Tensor") -> "torch.Tensor":
-                if not is_causal:
-                    return masks[0]
-                return torch.ones(QUERIES, keys, dtype=torch.bool).triu(1)
-
-            def forward(self, *given: "torch.Tensor") -> "torch.Tensor":
-                x, memory, *masks = given
-                mask = self.mask(memory.shape[1], *masks)
-                options = {"attn_mask": mask, "is_causal": is_causal, "need_weights": False}
-                return self.attn(x, memory, memory, **options)[0]
-
-        class Formula(torch.nn.MultiheadAttention):
-            def forward(self, *given: "torch.Tensor") -> "torch.Tensor":
-                return witness.attention(self, *given)
-
-        class Plain(Attending):
-            def __init__(self) -> None:
-                super().__init__()
-                self.attn = Formula(SIZE, HEADS, p)
-
-            def forward(self, *given: "torch.Tensor") -> "torch.Tensor":
-                x, memory, *masks = given
-                return self.attn(x, memory, self.mask(memory.shape[1], *masks))
-
-        theirs = drawn(Attending())
+        module = drawn(_classes(p, is_causal)[0]())
         with torch.no_grad():
-            for parameter in theirs.parameters():  # or one key would take all
+            for parameter in module.parameters():  # or one key would take all
                 parameter.mul_(0.3)
-        return Sides(_Attending(p, is_causal), theirs, (x, memory, *masks), Plain())
+        return module
 
-    return build
+    inputs = (x, memory, *masks)
+    return Build(
+        lambda: _Attending(p, is_causal), theirs, inputs, lambda _: _classes(p, is_causal)[1]()
+    )
 
 
 def attention() -> dict[str, Callable[[], Sides]]:

@@ -1,6 +1,5 @@
 """The cases of dropout: sound pairs in which a layer or a function of it is used."""
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from flax import nnx
 from flaxstab import dropout, functional, interop, linear
 from flaxstab._typing import Array
 from flaxstab.parity._selftest._cases import DROP, affine, drawn, function, layout_of, normal
-from flaxstab.parity._selftest._plant import Function, Sides
+from flaxstab.parity._selftest._plant import Build, Function, Sides
 
 if TYPE_CHECKING:
     import torch
@@ -31,42 +30,62 @@ class _Dropped(nnx.Module):
 
 
 def _twice(
-    ours: _Dropped, lin: "torch.nn.Module", drop: "torch.nn.Module", plain: Function, x: np.ndarray
-) -> Sides:
-    import torch
+    ours: Callable[[], _Dropped],
+    layers: "Callable[[], tuple[torch.nn.Module, torch.nn.Module]]",
+    plain: Function,
+    x: np.ndarray,
+) -> Callable[[], Sides]:
+    def classes() -> "tuple[type[torch.nn.Module], type[torch.nn.Module]]":
+        import torch
 
-    class Dropped(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin, self.drop = lin, drop
+        class Dropped(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.lin, self.drop = layers()
 
-        def forward(self, x: "torch.Tensor") -> "torch.Tensor":
-            return self.drop(self.lin(self.drop(x)))
+            def forward(self, x: "torch.Tensor") -> "torch.Tensor":
+                return self.drop(self.lin(self.drop(x)))
 
-    class Plain(Dropped):
-        def forward(self, x: "torch.Tensor") -> "torch.Tensor":
-            y = plain(self.lin, self.drop(x) if self.training else x)
-            return self.drop(y) if self.training else y
+        class Plain(Dropped):
+            def forward(self, x: "torch.Tensor") -> "torch.Tensor":
+                y = plain(self.lin, self.drop(x) if self.training else x)
+                return self.drop(y) if self.training else y
 
-    return Sides(ours, drawn(Dropped()), (x,), drawn(copy.deepcopy(Plain())), layout=layout_of(x))
+        return Dropped, Plain
+
+    return Build(
+        ours,
+        lambda: drawn(classes()[0]()),
+        (x,),
+        lambda _: drawn(classes()[1]()),
+        layout_of(x),
+    )
 
 
-def _dropout() -> Sides:
-    import torch
+def _dropout() -> Callable[[], Sides]:
+    def ours() -> _Dropped:
+        rngs = nnx.Rngs(0)
+        return _Dropped(linear.Linear(8, 8, rngs=rngs), dropout.Dropout(DROP, rngs=rngs))
 
-    rngs = nnx.Rngs(0)
-    ours = _Dropped(linear.Linear(8, 8, rngs=rngs), dropout.Dropout(DROP, rngs=rngs))
-    theirs = torch.nn.Linear(8, 8), torch.nn.Dropout(DROP)
-    return _twice(ours, *theirs, affine, normal(16, 8, seed=1))
+    def theirs() -> "tuple[torch.nn.Module, torch.nn.Module]":
+        import torch
+
+        return torch.nn.Linear(8, 8), torch.nn.Dropout(DROP)
+
+    return _twice(ours, theirs, affine, normal(16, 8, seed=1))
 
 
-def _channel_dropout() -> Sides:
-    import torch
+def _channel_dropout() -> Callable[[], Sides]:
+    def ours() -> _Dropped:
+        rngs = nnx.Rngs(0)
+        return _Dropped(linear.Conv(8, 8, 1, rngs=rngs), dropout.ChannelDropout(DROP, rngs=rngs))
 
-    rngs = nnx.Rngs(0)
-    ours = _Dropped(linear.Conv(8, 8, 1, rngs=rngs), dropout.ChannelDropout(DROP, rngs=rngs))
-    theirs = torch.nn.Conv2d(8, 8, 1), torch.nn.Dropout2d(DROP)
-    return _twice(ours, *theirs, _pointwise, normal(16, 2, 2, 8, seed=1))
+    def theirs() -> "tuple[torch.nn.Module, torch.nn.Module]":
+        import torch
+
+        return torch.nn.Conv2d(8, 8, 1), torch.nn.Dropout2d(DROP)
+
+    return _twice(ours, theirs, _pointwise, normal(16, 2, 2, 8, seed=1))
 
 
 def _pointwise(layer: "torch.nn.Conv2d", x: "torch.Tensor") -> "torch.Tensor":
@@ -143,19 +162,23 @@ def state_mask(size: int) -> np.ndarray:
     return np.random.default_rng(size).uniform(size=(8, size)) >= DROP
 
 
-def _lstm() -> Sides:
-    """An LSTM whose inputs and state are dropped by one mask each."""
-    import torch
-
-    from torch_ref import dropout as reference
-
-    twin = drawn(reference.VariationalLSTM(_INPUTS, _STATES, DROP))
+def _cell() -> dropout.RecurrentDropoutCell:
+    """Returns the LSTM's cell, all its parameters drawn anew."""
     inner = nnx.OptimizedLSTMCell(_INPUTS, _STATES, rngs=nnx.Rngs(0))
-    cell = dropout.RecurrentDropoutCell(inner, DROP)
-    interop.load_state_dict(cell, {n: t.numpy() for n, t in twin.state_dict().items()})
-    twin.load_state_dict({n: torch.tensor(a) for n, a in interop.state_dict(cell).items()})
-    twin.double()  # JAX keeps one bias for torch's two
-    graph, state = nnx.split(cell)
+    cell, rng = dropout.RecurrentDropoutCell(inner, DROP), np.random.default_rng(7)
+    tensors = {n: rng.normal(0.5, 1.0, a.shape) for n, a in interop.state_dict(cell).items()}
+    interop.load_state_dict(cell, tensors)
+    return cell
+
+
+def _lstm() -> Callable[[], Sides]:
+    """An LSTM whose inputs and state are dropped by one mask each."""
+    x = normal(8, 3, _INPUTS, seed=1, offset=0.3, scale=0.5)
+    return Build(_flax_lstm, _torch_lstm, (x,), _plain_lstm)
+
+
+def _flax_lstm() -> Callable[[Array], Array]:
+    graph, state = nnx.split(_cell())
     kept = state_mask(_INPUTS), state_mask(_STATES)
 
     def ours(x: Array) -> Array:
@@ -169,12 +192,37 @@ def _lstm() -> Sides:
             outputs.append(y)
         return jnp.stack(outputs, 1)
 
+    return ours
+
+
+def _torch_lstm() -> "Callable[[torch.Tensor], torch.Tensor]":
+    import torch
+
+    from torch_ref import dropout as reference
+
+    twin = reference.VariationalLSTM(_INPUTS, _STATES, DROP)
+    # Back from Flax, which keeps one bias for torch's two.
+    twin.load_state_dict({n: torch.tensor(a) for n, a in interop.state_dict(_cell()).items()})
+    twin.double()
+
     def theirs(x: "torch.Tensor") -> "torch.Tensor":
+        kept = state_mask(_INPUTS), state_mask(_STATES)
         return twin(x, *(torch.tensor(mask).to(x.dtype) for mask in kept))
+
+    return theirs
+
+
+def _plain_lstm(_: object) -> "Callable[[torch.Tensor], torch.Tensor]":
+    import torch
+
+    weights = {
+        n.removeprefix("cell."): torch.tensor(a).double()
+        for n, a in interop.state_dict(_cell()).items()
+    }
+    kept = state_mask(_INPUTS), state_mask(_STATES)
 
     def plain(x: "torch.Tensor") -> "torch.Tensor":
         scales = [torch.tensor(mask).to(x.dtype) / (1 - DROP) for mask in kept]
-        weights = dict(twin.cell.named_parameters())
         h = c = x.new_zeros(len(x), _STATES)
         outputs = []
         for t in range(x.shape[1]):
@@ -186,15 +234,15 @@ def _lstm() -> Sides:
             outputs.append(h)
         return torch.stack(outputs, 1)
 
-    return Sides(ours, theirs, (normal(8, 3, _INPUTS, seed=1, offset=0.3, scale=0.5),), plain)
+    return plain
 
 
 def dropouts() -> dict[str, Callable[[], Sides]]:
     """Returns the cases, each a function that builds its sides."""
     x = normal(16, 8, seed=1)
     return {
-        "dropout": _dropout,
-        "channel dropout": _channel_dropout,
+        "dropout": _dropout(),
+        "channel dropout": _channel_dropout(),
         "dropout, mask given": function(_masked, _torch_masked, _plain_masked, x),
         "alpha dropout, mask given": function(
             _alpha_masked, _torch_alpha_masked, _plain_alpha_masked, x
@@ -202,5 +250,5 @@ def dropouts() -> dict[str, Callable[[], Sides]]:
         "dropout in evaluation": function(
             _evaluated, _torch_evaluated, lambda x: x, normal(16, 3, 4, seed=1)
         ),
-        "LSTM, masks given": _lstm,
+        "LSTM, masks given": _lstm(),
     }

@@ -14,7 +14,7 @@ from flaxstab._typing import Array
 from flaxstab.parity._selftest import _witness as witness
 from flaxstab.parity._selftest import _witness_optim as plain
 from flaxstab.parity._selftest._cases import drawn, normal
-from flaxstab.parity._selftest._plant import Sides, torch_functional
+from flaxstab.parity._selftest._plant import Build, Sides, torch_functional
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +53,16 @@ def _new_adamw() -> Sides:
 
 def _adam() -> Sides:
     """Adam with every option that AdamW's cases leave out."""
-    import torch
+
+    def theirs(params: "list[torch.nn.Parameter]") -> "torch.optim.Optimizer":
+        import torch
+
+        options = {"weight_decay": DECAY, "amsgrad": True, "maximize": True}
+        return torch.optim.Adam(params, lr=PEAK, **options)
 
     return Sides(
         optim.adam(PEAK, weight_decay=DECAY, amsgrad=True, maximize=True),
-        lambda params: torch.optim.Adam(
-            params, lr=PEAK, weight_decay=DECAY, amsgrad=True, maximize=True
-        ),
+        theirs,
         _params(),
         lambda params: plain.adam(params, PEAK, DECAY),
     )
@@ -93,25 +96,31 @@ def _groups(params: "list[torch.nn.Parameter]") -> "list[dict[str, object]]":
 
 
 def _masked_adamw() -> Sides:
-    import torch
+    def theirs(params: "list[torch.nn.Parameter]") -> "torch.optim.Optimizer":
+        import torch
+
+        return torch.optim.AdamW(_groups(params), lr=PEAK)
 
     def mask(params: list[Array]) -> list[bool]:
         return [p.ndim > 1 for p in params]
 
     return Sides(
         optim.adamw(PEAK, weight_decay=DECAY, mask=mask),
-        lambda params: torch.optim.AdamW(_groups(params), lr=PEAK),
+        theirs,
         _params(),
         lambda params: plain.adamw(_groups(params), PEAK, DECAY),
     )
 
 
 def _clip() -> Sides:
-    import torch
+    def theirs(params: "list[torch.nn.Parameter]") -> object:
+        import torch
+
+        return torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
 
     return Sides(
         optim.clip_grad_norm(MAX_NORM),
-        lambda params: torch.nn.utils.clip_grad_norm_(params, MAX_NORM),
+        theirs,
         _params(),
         lambda params: plain.clip(params, MAX_NORM),
     )
@@ -218,7 +227,7 @@ def _plain_step(
     return loss.detach()
 
 
-def _train_step() -> Sides:
+def _train_step() -> Callable[[], Sides]:
     from flaxstab.parity import TrainStep
 
     def optimizer(model: nnx.Module) -> "nnx.Optimizer[nnx.Module]":
@@ -228,13 +237,11 @@ def _train_step() -> Sides:
         )
         return nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-    batch = normal(12, 4, seed=23), np.arange(12) * 5 % 3
-    theirs = drawn(_torch_net()())
-    return Sides(
-        TrainStep(_Net(), optimizer, _step()),
-        TrainStep(theirs, _torch_optimizer, _torch_step),
-        batch,
-        TrainStep(theirs, _plain_optimizer, _plain_step),
+    return Build(
+        lambda: TrainStep(_Net(), optimizer, _step()),
+        lambda: TrainStep(drawn(_torch_net()()), _torch_optimizer, _torch_step),
+        (normal(12, 4, seed=23), np.arange(12) * 5 % 3),
+        lambda theirs: TrainStep(theirs.model, _plain_optimizer, _plain_step),
     )
 
 
@@ -250,5 +257,5 @@ def training() -> dict[str, Callable[[], Sides]]:
         "sgd, dampened": _sgd(dampening=DAMPENING, maximize=True),
         "clip by norm": _clip,
         "clip by norm, float16": lambda: _clip()._replace(dtypes=(jnp.float16,)),
-        "training step": _train_step,
+        "training step": _train_step(),
     }

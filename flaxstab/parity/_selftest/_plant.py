@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
@@ -39,6 +40,33 @@ class Sides(NamedTuple):
     witness: object
     layout: Layout = None
     dtypes: tuple[DTypeLike, ...] = ()
+
+
+@dataclass(frozen=True)
+class Build:
+    """Builds two sides anew, each alone if need be: Flax's side needs no PyTorch.
+
+    Attributes:
+      ours: builds the Flax side.
+      theirs: builds the PyTorch side.
+      inputs: as of :class:`Sides`.
+      witness: makes the witness of the PyTorch side that was built.
+      layout: as of :class:`Sides`.
+      dtypes: as of :class:`Sides`.
+    """
+
+    ours: Callable[[], object]
+    theirs: Callable[[], "torch.nn.Module | Function"]
+    inputs: tuple[np.ndarray, ...]
+    witness: Callable[..., object] = lambda _: None
+    layout: Layout = None
+    dtypes: tuple[DTypeLike, ...] = ()
+
+    def __call__(self) -> Sides:
+        """Builds both."""
+        theirs = self.theirs()
+        witness = self.witness(theirs)
+        return Sides(self.ours(), theirs, self.inputs, witness, self.layout, self.dtypes)
 
 
 class Fault(NamedTuple):

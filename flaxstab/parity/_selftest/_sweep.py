@@ -1,7 +1,7 @@
 """False alarms: sound pairs compared on many inputs, of any mean."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,10 @@ from flaxstab.parity._inputs import is_float
 from flaxstab.parity._models import Pair
 from flaxstab.parity._selftest._cases import layers, normal
 from flaxstab.parity._selftest._cases_dropout import dropouts
-from flaxstab.parity._selftest._plant import Sides
+from flaxstab.parity._selftest._plant import Build, Sides
+
+if TYPE_CHECKING:
+    import torch
 
 OFFSETS = (0.0, 10.0, 100.0, 1000.0)
 DTYPES = (np.float32, jnp.bfloat16)
@@ -76,14 +79,12 @@ def sweep(cases: Mapping[str, Callable[[], Sides]], seeds: int) -> Iterator[Swee
 def sound_pairs() -> dict[str, Callable[[], Sides]]:
     """Returns what builds every shipped layer beside PyTorch, and whole networks of them."""
 
-    def ghost() -> Sides:
+    def ghost() -> "torch.nn.Module":
         from torch_ref.norms import GhostBatchNorm
 
-        ours, theirs = norms.GhostBatchNorm(4, 4), GhostBatchNorm(4, 4)
-        return Sides(ours, theirs, (normal(8, 3, 3, 4),), None, "image")
+        return GhostBatchNorm(4, 4)
 
-    def frozen() -> Sides:
-        import torch
+    def frozen() -> "torch.nn.Module":
 
         from torch_ref.norms import FrozenBatchNorm
 
@@ -91,26 +92,34 @@ def sound_pairs() -> dict[str, Callable[[], Sides]]:
             def forward(self, x: "torch.Tensor") -> "torch.Tensor":
                 return super().forward(x).to(x.dtype)
 
-        return Sides(norms.FrozenBatchNorm(4), Kept(4), (normal(8, 3, 3, 4),), None, "image")
+        return Kept(4)
+
+    def norm_layer(
+        ours: Callable[[], nnx.Module], theirs: "Callable[[], torch.nn.Module]"
+    ) -> Callable[[], Sides]:
+        return Build(ours, theirs, (normal(8, 3, 3, 4),), layout="image")
 
     def network(norm: str, act: Literal["relu", "gelu"]) -> Callable[[], Sides]:
-        def build() -> Sides:
+        widths = 8, 16
+
+        def theirs() -> "torch.nn.Module":
             from torch_ref.models import StableCNN
 
-            widths, rngs = (8, 16), nnx.Rngs(0)
-            ours = models.StableCNN(norm, act, widths=widths, groups=4, image_size=8, rngs=rngs)
-            theirs = StableCNN(norm, act, widths=widths, groups=4, image_size=8)
-            return Sides(ours, theirs, (normal(4, 8, 8, 3),), None, "image")
+            return StableCNN(norm, act, widths=widths, groups=4, image_size=8)
 
-        return build
+        def ours() -> nnx.Module:
+            rngs = nnx.Rngs(0)
+            return models.StableCNN(norm, act, widths=widths, groups=4, image_size=8, rngs=rngs)
+
+        return Build(ours, theirs, (normal(4, 8, 8, 3),), layout="image")
 
     # Without two whose outputs have their parameters' dtype, which the harness keeps in float32.
     without = ("embedding", "LSTM, masks given")
     shipped = {**layers(), **dropouts()}
     return {
         **{name: build for name, build in shipped.items() if name not in without},
-        "ghost batch norm": ghost,
-        "frozen batch norm": frozen,
+        "ghost batch norm": norm_layer(lambda: norms.GhostBatchNorm(4, 4), ghost),
+        "frozen batch norm": norm_layer(lambda: norms.FrozenBatchNorm(4), frozen),
         "network of BN and ReLU": network("batch", "relu"),
         "network of GN and GELU": network("group", "gelu"),
         "network of LN and GELU": network("layer", "gelu"),

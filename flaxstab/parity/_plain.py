@@ -1,0 +1,150 @@
+"""Named tuples as what JSON can hold, and back: exactly, or refused with the place."""
+
+import json
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Literal, NoReturn, Union, cast, get_args, get_origin, get_type_hints
+
+from flaxstab._checks import check
+
+LARGEST = 1 << 28  # bytes of a file that is read; 100,000 findings take 30 MB
+_SPELLED = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # JSON has no such numbers
+
+
+def to_plain(value: object) -> object:
+    """Returns dicts, lists, strings, numbers and None for nested named tuples.
+
+    Args:
+      value: holds named tuples, tuples, mappings and plain values.
+    """
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: to_plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {str(name): to_plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    return _plain(value)
+
+
+def _plain(value: object) -> str | bool | int | float | None:
+    if isinstance(value, str):
+        return str(value)  # of an enumeration
+    if isinstance(value, bool | int | None):
+        return value
+    number = float(cast(float, value))
+    if math.isfinite(number):
+        return number
+    return "nan" if math.isnan(number) else "inf" if number > 0 else "-inf"
+
+
+def from_plain(kind: object, value: object, place: str) -> object:
+    """Returns what :func:`to_plain` was given.
+
+    Args:
+      kind: its type, with the types of its parts.
+      value: what JSON held.
+      place: where that is, for errors.
+
+    Raises:
+      ValueError: if the value is not of the kind, with the place of the first such part.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value if value in parts else _refuse(place, f"one of {list(parts)}", value)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in parts:
+            return None
+        (other,) = (part for part in parts if part is not NoneType)
+        return from_plain(other, value, place)
+    if origin is tuple:
+        items = value if isinstance(value, list) else _refuse(place, "a list", value)
+        return tuple(from_plain(parts[0], item, f"{place}[{i}]") for i, item in enumerate(items))
+    if hasattr(kind, "_fields"):
+        return _named_tuple(cast(type, kind), value, place)
+    return _single(kind, value, place)
+
+
+def _named_tuple(kind: type, value: object, place: str) -> object:
+    fields = value if isinstance(value, dict) else _refuse(place, "an object", value)
+    hints = _hints(kind)
+    unknown = sorted(fields.keys() - hints.keys())
+    if unknown:
+        _refuse(place, f"of {sorted(hints)} alone", unknown[:3])
+    absent = sorted(hints.keys() - fields.keys() - kind._field_defaults.keys())  # type: ignore[attr-defined]
+    if absent:
+        _refuse(place, f"an object with {', '.join(absent)}", sorted(fields))
+    return kind(**{n: from_plain(hints[n], item, f"{place}.{n}") for n, item in fields.items()})
+
+
+@cache
+def _hints(kind: type) -> dict[str, object]:
+    return get_type_hints(kind)
+
+
+def _single(kind: object, value: object, place: str) -> object:
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, str) and value in _SPELLED:
+            return _SPELLED[value]
+        return float(cast(float, value)) if number else _refuse(place, "a number", value)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        known = [str(member) for member in kind]
+        return kind(value) if value in known else _refuse(place, f"one of {known}", value)
+    if kind is str:
+        return value if isinstance(value, str) else _refuse(place, "a string", value)
+    if kind is int:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return value if whole else _refuse(place, "an integer", value)
+    return value if isinstance(value, dict) else _refuse(place, "an object", value)
+
+
+def _refuse(place: str, rule: str, value: object) -> NoReturn:
+    raise ValueError(f"{place} must be {rule}, got {value!r:.80}. Write the file again.")
+
+
+def read_plain(path: Path, kind: str, schema: int) -> dict[str, object]:
+    """Returns a JSON file's object, if it is one of ours and not of a newer flaxstab.
+
+    Args:
+      path: the file.
+      kind: what its ``format`` must be.
+      schema: the newest that can be read.
+
+    Raises:
+      ValueError: if it is not there, too large, not whole, foreign or newer.
+    """
+    check(
+        path.is_file(), "the file must be there", file=str(path), fix="Name one that was written."
+    )
+    size = path.stat().st_size
+    check(size <= LARGEST, f"the file must have {LARGEST} bytes at most", file=str(path), size=size)
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's own are ValueErrors
+        raise ValueError(
+            f"{path.name} must be a whole JSON file, got {_where(error)}. Write it again."
+        ) from None
+    if not isinstance(held, dict) or held.get("format") != kind:
+        found = held.get("format") if isinstance(held, dict) else type(held).__name__
+        raise ValueError(
+            f"{path.name} must be of format {kind!r}, got {found!r}. Name another file."
+        )
+    version = held.get("schema")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        _refuse(f"{path.name}: schema", "an integer of at least 1", version)
+    if version > schema:
+        raise ValueError(
+            f"{path.name} must have schema {schema} or older, got schema {version}, which a newer "
+            "flaxstab wrote. Read it there: pip install -U flaxstab."
+        )
+    return held
+
+
+def _where(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.lower()} in line {error.lineno}, column {error.colno}"
+    return "lists too deep" if isinstance(error, RecursionError) else f"{error}"
