@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from flaxstab.cli import _env, _record, _run, _selftest, _upgrade
+from flaxstab.cli import _diff, _env, _record, _run, _selftest, _upgrade
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     _env.add(commands)
     parity = commands.add_parser("parity", help="the harness that compares JAX with PyTorch")
     actions = parity.add_subparsers(metavar="ACTION", required=True)
+    _diff.add(actions)
     _record.add(actions)
     _selftest.add(actions)
     _run.add(actions)

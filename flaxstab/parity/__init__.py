@@ -1,6 +1,9 @@
 """The harness: one way to compare JAX with PyTorch, one way to judge."""
 
 from flaxstab.parity._compare import compare as compare
+from flaxstab.parity._diff import Diff as Diff
+from flaxstab.parity._diff import Outcome as Outcome
+from flaxstab.parity._diff import diff as diff
 from flaxstab.parity._distance import Distance as Distance
 from flaxstab.parity._distance import adam_distance as adam_distance
 from flaxstab.parity._distance import distance as distance
@@ -10,6 +13,10 @@ from flaxstab.parity._evidence import Evidence as Evidence
 from flaxstab.parity._magnitude import magnitude as magnitude
 from flaxstab.parity._magnitude import sensitivity as sensitivity
 from flaxstab.parity._program import Linen as Linen
+from flaxstab.parity._record import Baseline as Baseline
+from flaxstab.parity._record import Subject as Subject
+from flaxstab.parity._record import read_baseline as read_baseline
+from flaxstab.parity._record import record as record
 from flaxstab.parity._replay import register_replay as register_replay
 from flaxstab.parity._replay import replayed as replayed
 from flaxstab.parity._report import Departure as Departure

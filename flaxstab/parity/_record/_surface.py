@@ -1,5 +1,6 @@
 """The public names that flaxstab and ported code rely on, with their parameters and defaults."""
 
+import enum
 import inspect
 import re
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ def _is_typing(value: object) -> bool:
 
 def _parameters(value: object) -> tuple[str, ...]:
     """Returns parameters as they are written, without types; ``('?',)`` of built-in functions."""
+    if isinstance(value, type) and issubclass(value, enum.Enum):
+        return ("?",)  # Python's own, another in each version
     try:
         signature = inspect.signature(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
