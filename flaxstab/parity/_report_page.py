@@ -60,21 +60,24 @@ def _case_state(case: Case) -> State:
 def _case_sections(case: Case, *, alone: bool) -> Iterator[Section]:
     of = "" if alone else f" of {case.name}"
     if case.report is None:
-        yield Section(f"Not compared{of}", Text(case.words))
+        yield Section(f"{case.name}: not compared", Text(case.words))
         return
     report = case.report
-    yield Section(f"Findings{of}" if report.passed else f"Failures{of}", [*_found(case, report)])
+    yield Section(
+        f"Findings{of}" if report.passed else f"Failures{of}", [*_found(case, report, alone)]
+    )
     if case.location is not None and case.location.layers:
         yield Section(f"Layers{of}", [*_layers(case.location)])
     if report.findings:
-        yield Section(f"Quantities{of}", [*_quantities(report)])
+        yield Section(f"Quantities{of}", [*_quantities(report)], folded=not alone)
     if alone and report.findings:
         rows = sorted(report.findings, key=lambda f: (f.passed, -_number(f.excess)))
         yield Section(f"All {len(rows)} findings", _findings(rows), folded=True)
 
 
-def _found(case: Case, report: Report) -> Iterator[Body]:
-    yield Text(report.headline)
+def _found(case: Case, report: Report, alone: bool) -> Iterator[Body]:
+    if not alone:  # then it is the page's own
+        yield Text(report.headline)
     if report.departure is not None:
         first = report.departure
         yield Text(f"First apart: {first.name} after step {first.step}, in {first.dtype}.")
@@ -147,7 +150,12 @@ def _quantities(report: Report) -> Iterator[Body]:
         more = f", the largest {_CHARTED} of {len(of)}" if len(of) > _CHARTED else ""
         shown = of[:_CHARTED]
         values = [f.excess for f in shown]
-        yield Bars([f.name for f in shown], values, f"{dtype}: error over its bound{more}")
+        yield Bars(
+            [f.name for f in shown],
+            values,
+            f"{dtype}: error over its bound{more}",
+            excused=[f.passed for f in shown],
+        )
 
 
 def _environment(environment: Mapping[str, object]) -> Table:
