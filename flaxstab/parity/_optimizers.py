@@ -57,14 +57,14 @@ def compare_optimizers(
     return lockstep(
         _Optax(tx, inputs, applies=theirs.applies()),
         theirs,
-        _gradients(inputs, seed),
+        gradients(inputs, seed),
         dtypes=dtypes,
         tolerances=tolerances,
         witness=None if witness is None else _Torch(witness, inputs),
     )
 
 
-def _gradients(inputs: Sequence[np.ndarray], seed: int) -> Iterator[Batch]:
+def gradients(inputs: Sequence[np.ndarray], seed: int) -> Iterator[Batch]:
     rng = own_rng(seed)
     for scale in _SCALES[:STEPS]:
         yield tuple(scale * rng.normal(0.1, 1.0, a.shape) for a in inputs)
