@@ -6,6 +6,8 @@
 Loaded by pytest wherever flaxstab is installed, so it imports neither JAX nor PyTorch before use.
 """
 
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -44,21 +46,36 @@ class Parity:
         witness: "PyTree" = None,
         tolerances: "Sequence[Tolerance]" = (),
         seed: int = 0,
+        reproduce: str | os.PathLike[str] | None = None,
+        flax_source: str = "",
+        torch_source: str = "",
     ) -> "Report":
         """Compares both sides, and fails the test unless JAX's side is as it should be.
 
-        The arguments are those of :func:`flaxstab.parity.compare`.
+        The arguments are those of :func:`flaxstab.parity.compare`; ``reproduce`` is where to write
+        a script that shows the difference alone, if there is one (see
+        :func:`flaxstab.parity.reproduce`, also for ``flax_source`` and ``torch_source``). With
+        ``--parity-report DIR`` it is written to a file of the test's name there.
 
         Returns:
           The report of a comparison that passed.
         """
         from flaxstab import parity
 
+        def script(path: Path) -> object:
+            return parity.reproduce(
+                flax_side, torch_side, *inputs, path=path, layout=layout, weights=weights,
+                rename=rename, dtypes=dtypes, seed=seed,
+                flax_source=flax_source, torch_source=torch_source,
+            )  # fmt: skip
+
         return self._passed(
             lambda: parity.compare(
                 flax_side, torch_side, *inputs, layout=layout, weights=weights, rename=rename,
                 dtypes=dtypes, witness=witness, tolerances=tolerances, seed=seed,
-            )
+            ),
+            script,
+            None if reproduce is None else Path(reproduce),
         )  # fmt: skip
 
     def check_trajectory(
@@ -90,20 +107,43 @@ class Parity:
             )
         )  # fmt: skip
 
-    def _passed(self, compare: "Callable[[], Report]") -> "Report":
-        """Returns the report, or fails the test with one screen of it."""
-        report, words = None, ""
+    def _passed(
+        self,
+        compare: "Callable[[], Report]",
+        script: "Callable[[Path], object] | None" = None,
+        path: Path | None = None,
+    ) -> "Report":
+        """Returns the report, or fails the test with one screen of it.
+
+        Args:
+          compare: makes the report.
+          script: writes a script that shows the difference; None if none can be written.
+          path: where to; None: nowhere, or where the report of the session is.
+        """
+        report, words, shown = None, "", ""
         try:
             report = compare()
         except ModuleNotFoundError as error:
             words = f"the comparison needs {error.name}: pip install 'flaxstab[torch]'"
         except ValueError as error:
             words = f"cannot compare: {error}"
+        if path is None and self._written is not None:
+            path = self._written.script()
+        if report is not None and not report.passed and script is not None and path is not None:
+            shown = _reproduced(script, path)
         if self._written is not None:
-            self._written.keep(report, words)
+            self._written.keep(report, words, shown)
         if report is not None and report.passed:
             return report
-        pytest.fail(f"parity: {words or report}", pytrace=False)
+        pytest.fail(f"parity: {words or report}" + (f"\n  {shown}" if shown else ""), pytrace=False)
+
+
+def _reproduced(script: "Callable[[Path], object]", path: Path) -> str:
+    """Says where the script of a difference is, or why there is none."""
+    try:
+        return f"alone: {script(path)}"
+    except ValueError as error:
+        return f"no script: {error}"
 
 
 @pytest.fixture(scope="session")
@@ -150,18 +190,25 @@ class Written:
     def __init__(self, config: pytest.Config, folder: Path) -> None:
         self._folder = folder
         self._worker = getattr(config, "workerinput", None) is not None  # of pytest-xdist
-        self._pending: list[tuple[Report | None, str]] = []
+        self._pending: list[tuple[Report | None, str, str]] = []
         self._plain: list[dict[str, object]] = []
         self._session: Session | None = None
 
-    def keep(self, report: "Report | None", words: str) -> None:
+    def script(self) -> Path:
+        """Returns where the script of the running test's failure shall be."""
+        test = os.environ.get("PYTEST_CURRENT_TEST", "session").rpartition(" ")[0]
+        again = f"_{len(self._pending) + 1}" if self._pending else ""
+        return self._folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', test).strip('_')}{again}.py"
+
+    def keep(self, report: "Report | None", words: str, script: str) -> None:
         """Keeps what the running test compared.
 
         Args:
           report: what was found; None if the sides could not be compared.
           words: why they could not.
+          script: where a script shows it alone, in words.
         """
-        self._pending.append((report, words))
+        self._pending.append((report, words, script))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -174,7 +221,10 @@ class Written:
             from flaxstab.parity import Case
             from flaxstab.parity._plain import to_plain
 
-            cases = [Case(item.nodeid, found, words) for found, words in pending]
+            cases = [
+                Case(item.nodeid, found, words, reproducer=script)
+                for found, words, script in pending
+            ]
             report.__dict__["parity_cases"] = [to_plain(case) for case in cases]
         return report
 

@@ -212,7 +212,7 @@ def test_the_page_of_a_session_has_failing_cases_first(tmp_path: Path) -> None:
         text.index(w) for w in ("refused: not compared", "Failures of differs", "Failures of worse")
     ]
     assert places == sorted(places)
-    assert "A script that shows it alone: r/worse.py" in text
+    assert "As a script, r/worse.py" in text
     assert "of passes" not in text
 
 

@@ -88,7 +88,7 @@ def _found(case: Case, report: Report, alone: bool) -> Iterator[Body]:
         yield Text(f"... and {len(shown) - _SHOWN} more in the JSON file.")
     words = [f"Look at: {hint}." for hint in report.hints]
     if case.reproducer:
-        words.append(f"A script that shows it alone: {case.reproducer}")
+        words.append(f"As a script, {case.reproducer}")
     words += [f"Not compared: {note}." for note in report.notes]
     words += [f"Computes in less than float64: {layer}." for layer in report.pinned]
     words += [f"Widened: {t.pattern} x{t.factor:g}, because {t.reason}." for t in report.tolerances]

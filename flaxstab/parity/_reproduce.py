@@ -1,5 +1,6 @@
 """The smallest failing case of a comparison, as a script that stands alone."""
 
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike, fspath
@@ -238,11 +239,12 @@ def _captured(
 
 
 def _simplest(failing: Sequence[Finding]) -> list[Finding]:
-    """Returns the findings, those first that tell most: of float64, of outputs."""
+    """Returns the findings, those first that tell most: of float64, outputs, early ones."""
 
-    def rank(finding: Finding) -> tuple[bool, int, float]:
+    def rank(finding: Finding) -> tuple[bool, int, int, float]:
         kind = next((i for i, k in enumerate(_KINDS) if finding.name.startswith(k)), len(_KINDS))
-        return finding.dtype != "float64", kind, -finding.excess
+        step = re.match(r"step (\d+) ", finding.name)
+        return finding.dtype != "float64", kind, int(step[1]) if step else 0, -finding.excess
 
     return sorted(failing, key=rank)
 

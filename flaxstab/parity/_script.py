@@ -111,7 +111,8 @@ def script(specimen: Specimen, title: str = "", written_by: str = "") -> Script:
         _TAIL_WIDE if specimen.dtype == "float64" else _TAIL_LOW,
         _MAIN,
     ]
-    text = "\n\n".join(part.strip("\n") for part in parts) + "\n"
+    head, *others = (part.strip("\n") for part in parts)
+    text = head + "\n\n" + "\n\n\n".join(others).replace("\n\n\nDTYPE", "\n\nDTYPE") + "\n"
     for mark, code in {
         "{FLAX}": specimen.flax.call.text,
         "{TORCH}": specimen.torch.call.text,
@@ -140,7 +141,11 @@ class _Held:
     def _constants(self) -> str:
         one, quantity = self._specimen, self._specimen.quantity
         inputs = [(f"input {i}", a) for i, a in enumerate(one.inputs)]
-        parts = [f"DTYPE = {one.dtype!r}", f"INPUTS = {self._list('', inputs)}"]
+        parts = [f'DTYPE = "{one.dtype}"']
+        if not self._inline:
+            load = 'np.load(Path(__file__).with_suffix(".npz"), allow_pickle=False)'
+            parts.append(f"DATA = {load}")
+        parts.append(f"INPUTS = {self._list('', inputs)}")
         parts.append(f"BOUND = {one.bound!r}  # of the largest value: what rounding may do")
         if one.flax.arrays is not None:
             parts.append(f"FLAX = {self._list('flax ', one.flax.arrays)}")
@@ -150,9 +155,6 @@ class _Held:
             parts.append(f"GRADIENTS = {self._list('', one.cotangents)}  # of each step")
         elif quantity.kind.startswith("grad"):
             parts.append(f"COTANGENTS = {self._list('', one.cotangents)}")
-        if not self._inline:
-            load = 'np.load(Path(__file__).with_suffix(".npz"), allow_pickle=False)'
-            parts.insert(0, f"DATA = {load}")
         return "\n".join(parts)
 
     def _list(self, prefix: str, arrays: Arrays) -> str:
@@ -160,7 +162,7 @@ class _Held:
         return "\n".join(["[", *items, "]"]) if items else "[]"
 
     def _dict(self, arrays: Arrays) -> str:
-        items = [f"    {n!r}: {self._code('torch ' + n, a)}," for n, a in arrays]
+        items = [f'    "{n}": {self._code("torch " + n, a)},' for n, a in arrays]
         return "\n".join(["{", *items, "}"]) if items else "{}"
 
     def _code(self, name: str, array: np.ndarray | None) -> str:
@@ -169,7 +171,7 @@ class _Held:
         wide = array.astype(np.float64) if is_float(array) else array
         if not self._inline:
             self.stored[name] = wide
-            return f"DATA[{name!r}]"
+            return f'DATA["{name}"]'
         numbers = pprint.pformat(wide.tolist(), width=88, compact=True).replace("\n", "\n    ")
         numbers = numbers.replace("nan", "np.nan").replace("inf", "np.inf")
         return f"np.array({numbers}, np.{wide.dtype.name})" + _shaped(wide)
@@ -188,6 +190,8 @@ def _fed(specimen: Specimen) -> str:
     if specimen.quantity.steps == 1:
         return "*xs"
     grows = _grows(specimen)
+    if all(grows):
+        return "*[x * (1 + step / 8) for x in xs]"
     return f"*[x * (1 + step / 8) if grows else x for x, grows in zip(xs, {grows})]"
 
 
@@ -254,8 +258,8 @@ def _torch_side(specimen: Specimen) -> str:
     picked = {
         "output": f"output{quantity.pick}",
         "grad input": f"xs[{quantity.place}].grad",
-        "grad": f"dict(layer.named_parameters())[{quantity.torch_name!r}].grad",
-        "buffer": f"layer.state_dict()[{quantity.torch_name!r}]",
+        "grad": f'dict(layer.named_parameters())["{quantity.torch_name}"].grad',
+        "buffer": f'layer.state_dict()["{quantity.torch_name}"]',
     }[quantity.kind]
     last = "as_numpy" if quantity.kind in ("output", "grad input") else "plain"
     body.append(f"return {last}({picked})")
@@ -264,7 +268,8 @@ def _torch_side(specimen: Specimen) -> str:
 
 _HEAD = '''"""{title}
 
-Exit code: 1 while the difference exists, 0 when it is gone. {by}
+Exit code: 1 while the difference exists, 0 when it is gone.
+{by}
 """'''
 
 _JAX_MODULE = '''
@@ -443,7 +448,8 @@ def main():
     ours, theirs, truths, error, limit = measure()
     versions = f"jax {jax.__version__}, torch {torch.__version__}"
     print(f"JAX in {DTYPE}:\\n{ours}\\nPyTorch in {DTYPE}:\\n{theirs}")
-    print(f"JAX in float64:\\n{truths[0]}\\nPyTorch in float64:\\n{truths[1]}")
+    if DTYPE != "float64":
+        print(f"JAX in float64:\\n{truths[0]}\\nPyTorch in float64:\\n{truths[1]}")
     ratio = error / limit if limit else np.inf * error if error else 0.0
     exists = not error <= limit
     print(f"error {error:.3g}, limit {limit:.3g}: {ratio:.3g} x the limit ({versions})")

@@ -26,7 +26,7 @@ class Case(NamedTuple):
       report: what was found; None if the sides could not be compared.
       words: why they could not.
       location: where the models differ, layer by layer, if that was asked for.
-      reproducer: the stand-alone script that shows the difference, if one was written.
+      reproducer: where a stand-alone script shows the difference, or why there is none, in words.
     """
 
     name: str
