@@ -222,7 +222,7 @@ class Written:
             from flaxstab.parity._plain import to_plain
 
             cases = [
-                Case(item.nodeid, found, words, reproducer=script)
+                Case(item.nodeid, found, words, found and found.location, script)
                 for found, words, script in pending
             ]
             report.__dict__["parity_cases"] = [to_plain(case) for case in cases]

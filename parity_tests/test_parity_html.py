@@ -235,7 +235,7 @@ def test_each_layer_has_a_bar_forward_and_backward(tmp_path: Path) -> None:
     assert said[0].endswith("the largest is 5, of layer7; 1 beyond 1")
     assert said[1].startswith("backward: a layer's own error over its bound of 1 items")
     for words in (
-        "The first that differs, forward: layer7",
+        "The first layer that differs: layer7 (forward",
         "was not called",
         "Not judged: a note",
     ):

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,8 @@ def to_plain(value: object) -> object:
       value: holds named tuples, tuples, mappings and plain values.
     """
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: to_plain(item) for name, item in value._asdict().items()}
+        names = _hints(type(value))
+        return {name: to_plain(item) for name, item in value._asdict().items() if name in names}
     if isinstance(value, Mapping):
         return {str(name): to_plain(item) for name, item in value.items()}
     if isinstance(value, tuple | list):
@@ -99,7 +100,13 @@ def _named_tuple(kind: type, value: object, place: str) -> object:
 
 @cache
 def _hints(kind: type) -> dict[str, object]:
-    return get_type_hints(kind)
+    """Returns the types of a named tuple's fields, but for those that hold functions."""
+    hints = get_type_hints(kind)
+    return {n: hint for n, hint in hints.items() if not _is_function(hint)}
+
+
+def _is_function(hint: object) -> bool:
+    return get_origin(hint) is Callable or any(get_origin(p) is Callable for p in get_args(hint))
 
 
 def _single(kind: object, value: object, place: str) -> object:

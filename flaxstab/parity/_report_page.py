@@ -12,7 +12,6 @@ from flaxstab.parity._verdict import Finding, Verdict
 _SHOWN = 40  # rows of a failing case; the JSON file holds all
 _CHARTED = 30  # bars of quantities
 _MEANT = {
-    "": "not run alone",
     "own": "differs",
     "inherited": "only what comes before it differs",
     "agrees": "agrees",
@@ -110,16 +109,13 @@ def _state(finding: Finding) -> State:
 
 def _layers(location: Location) -> Iterator[Body]:
     if location.first:
-        yield Text(
-            f"The first that differs, {location.direction}: {location.first}. A layer's own error "
-            "is measured with what PyTorch's layer was fed; what it inherits is the rest."
-        )
+        yield Text(f"The {location.line}.")
     for direction in ("forward", "backward"):
         layers = [layer for layer in location.layers if layer.direction == direction]
         run = [layer for layer in layers if not math.isnan(layer.own)]
         if run:
             yield Bars(
-                [layer.name or "the model" for layer in run],
+                [layer.name for layer in run],
                 [layer.own for layer in run],
                 f"{direction}: a layer's own error over its bound",
                 others=[_number(layer.inherited) for layer in run],
@@ -133,7 +129,7 @@ def _layers(location: Location) -> Iterator[Body]:
 
 
 def _left(layers: Sequence[LayerError]) -> Table:
-    rows = [[layer.name or "the model", _MEANT[layer.kind], layer.note] for layer in layers]
+    rows = [[layer.name, _MEANT[layer.kind], layer.note] for layer in layers]
     return Table([f"{layers[0].direction}, not run alone", "found", "why"], rows)
 
 

@@ -31,6 +31,8 @@ class ReportScreen(NamedTuple):
             first = report.departure
             words = f"first apart: {first.name} after step {first.step}, in {first.dtype}"
             above.append(_words(words))
+        if report.location is not None:
+            above.append(_words(report.location.line))
         below = [_words(f"look at: {hint}") for hint in report.hints]
         below += [_words(f"not compared: {note}") for note in report.notes[:_NOTES]]
         more = len(report.notes) - _NOTES

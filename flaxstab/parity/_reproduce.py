@@ -19,6 +19,7 @@ from flaxstab._environment import describe
 from flaxstab._files import write_whole
 from flaxstab._typing import DTypeLike, PyTree
 from flaxstab.parity._inputs import Layout, channels_first, channels_last, round_to
+from flaxstab.parity._layers import WHOLE
 from flaxstab.parity._models import Pair, Weights
 from flaxstab.parity._replay import torch_rate
 from flaxstab.parity._replay_attention import attention_rate
@@ -167,22 +168,31 @@ def _drafts(
     """Yields drafts that differ: of the first layer that does, then of everything."""
     flax, torch_side = pair.sides()
     if isinstance(flax, nnx.Module) and torch_side is not None:
-        yield from _of_layer(flax, torch_side, inputs, options)
+        kind = _simplest(failing)[0].dtype
+        name = _first_layer(pair, inputs, kind, options.seed)
+        yield from _of_layer(name, flax, torch_side, inputs, options) if name else ()
     whole = sides._replace(flax=flax or sides.flax, torch=torch_side or sides.torch)
     for finding in _simplest(failing)[:3]:
         yield "", _draft(whole, inputs, finding, options, pair)
 
 
+def _first_layer(pair: Pair, inputs: tuple[np.ndarray, ...], kind: str, seed: int) -> str:
+    """Returns the name of the first layer that differs; '' if it is the whole, or none does."""
+    try:
+        found = pair.locator(pair.fed(inputs, seed), kind).locate(free=False, stop=True).first
+    except ValueError:  # it has no layers
+        return ""
+    return "" if found == WHOLE else found
+
+
 def _of_layer(
+    name: str,
     flax: nnx.Module,
     torch_side: "torch.nn.Module",
     inputs: tuple[np.ndarray, ...],
     options: _Options,
 ) -> Iterator[tuple[str, Draft]]:
-    """Yields the drafts of the first layer that differs, if it is known and can be made alone."""
-    name = _first_layer(flax, torch_side, inputs, options)
-    if not name:
-        return
+    """Yields the drafts of one layer, unless it cannot be made alone."""
     spelled = options.rename(name) if options.rename else name
     try:
         ours, theirs = interop.named_modules(flax)[spelled], torch_side.get_submodule(name)
@@ -193,25 +203,6 @@ def _of_layer(
             yield name, _draft(_Sides(ours, theirs, "", ""), fed, finding, options, pair)
     except (ValueError, KeyError, AttributeError):  # then the whole is shown
         return
-
-
-def _first_layer(
-    flax: nnx.Module,
-    torch_side: "torch.nn.Module",
-    inputs: tuple[np.ndarray, ...],
-    options: _Options,
-) -> str:
-    """Returns the name of the first layer that differs; '' if none is found."""
-    try:
-        from flaxstab.parity._locate import locate  # type: ignore[import-not-found]
-    except ImportError:
-        return ""
-    try:
-        return locate(
-            flax, torch_side, *inputs, layout=options.layout, weights=None, rename=options.rename
-        ).first
-    except ValueError:
-        return ""
 
 
 def _captured(
