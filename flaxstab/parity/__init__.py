@@ -25,6 +25,8 @@ from flaxstab.parity._replay import replayed as replayed
 from flaxstab.parity._report import Departure as Departure
 from flaxstab.parity._report import Report as Report
 from flaxstab.parity._report import Tolerance as Tolerance
+from flaxstab.parity._reproduce import Reproduction as Reproduction
+from flaxstab.parity._reproduce import reproduce as reproduce
 from flaxstab.parity._session import Case as Case
 from flaxstab.parity._session import Session as Session
 from flaxstab.parity._session import read_report as read_report

@@ -23,6 +23,7 @@ from flaxstab.parity._replay import check_silent
 from flaxstab.parity._report import Report, Tolerance, factor_of
 from flaxstab.parity._torch_side import Rename, TorchSide
 from flaxstab.parity._verdict import (
+    SEMANTICS,
     Finding,
     Side,
     Verdict,
@@ -33,6 +34,7 @@ from flaxstab.parity._verdict import (
     judge_semantics,
     repeated_draws,
     the_wrong_one,
+    unit_of_worst,
     vanishes,
 )
 from flaxstab.parity._watched import Watched
@@ -186,6 +188,34 @@ class Pair:
             _check_range(fed.arrays, kind)
         # Where float32 is judged, float64 starts from the same rounded numbers and serves both.
         return fed, kinds, np.float32 if np.dtype(np.float32) in kinds else np.float64
+
+    def sides(self) -> "tuple[nnx.Module | None, torch.nn.Module | None]":
+        """Returns both sides with the weights that they are compared with; None for functions."""
+        made = self._program
+        flax = nnx.clone(made.module) if isinstance(made, NNXProgram) else None
+        return flax, self._torch.module
+
+    def allowance(
+        self, inputs: Sequence[np.ndarray], name: str, dtype: DTypeLike, seed: int = 0
+    ) -> float:
+        """Returns what rounding may do to a quantity, over its largest value.
+
+        Args:
+          inputs: as :meth:`judge` had them, rounded already.
+          name: of the quantity.
+          dtype: float64: how much the sides may differ there; else what JAX's error may be beside
+            twice PyTorch's.
+          seed: as :meth:`judge` had it.
+        """
+        exact = self._exact(self.fed(inputs, seed), dtype)
+        theirs = exact.theirs[name]
+        if jnp.dtype(dtype) == np.float64:
+            units = self._flax.magnitudes(exact.fed, exact.ours, exact.precision)[name]
+            unit = SEMANTICS * unit_of_worst(exact.ours[name], theirs, units)
+        else:
+            units = self._flax.sensitivities(exact.fed, exact.ours, exact.precision)[name]
+            unit = 2 * float(jnp.finfo(dtype).eps) * float(np.max(units))
+        return unit / max(largest(theirs), np.finfo(np.float64).tiny)
 
     def _exact(self, fed: Inputs, stored: DTypeLike) -> "_Exact":
         """Runs both sides in float64 on numbers rounded to a dtype."""

@@ -224,6 +224,14 @@ def _worst(gap: np.ndarray, units: np.ndarray) -> tuple[float, float]:
     return float(ratios.flat[place]), float(units.flat[place])
 
 
+def unit_of_worst(ours: np.ndarray, theirs: np.ndarray, magnitude: float | np.ndarray) -> float:
+    """Returns the magnitude of the element that is furthest off in its units."""
+    if ours.shape != theirs.shape:
+        return float(np.max(magnitude))
+    units = np.broadcast_to(np.asarray(magnitude, np.float64), ours.shape)
+    return _worst(gaps(ours, theirs), units)[1]
+
+
 def _spoiled(side: np.ndarray, oracle: np.ndarray) -> np.ndarray:
     """Returns where a side has NaN or infinity that its float64 run has not, or the reverse."""
     a, b = np.asarray(side, np.float64), np.asarray(oracle, np.float64)
