@@ -1,10 +1,17 @@
 """The pytest fixture ``parity``: a Flax model beside its PyTorch twin, in anyone's test suite.
 
+``--parity-report DIR`` writes every comparison of a session to ``DIR/parity.json`` and
+``DIR/parity.html``, also of tests that pass and under pytest-xdist.
+
 Loaded by pytest wherever flaxstab is installed, so it imports neither JAX nor PyTorch before use.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
 
 import pytest
 
@@ -12,11 +19,20 @@ if TYPE_CHECKING:
     import numpy as np
 
     from flaxstab._typing import DTypeLike, PyTree
-    from flaxstab.parity import Report, Tolerance, TrainStep
+    from flaxstab.parity import Case, Report, Session, Tolerance, TrainStep
+
+_NAME = "flaxstab-parity-report"
 
 
 class Parity:
-    """What the fixture ``parity`` is."""
+    """What the fixture ``parity`` is.
+
+    Args:
+      written: keeps every comparison for ``--parity-report``; None without it.
+    """
+
+    def __init__(self, written: "Written | None" = None) -> None:
+        self._written = written
 
     def check(
         self,
@@ -30,21 +46,36 @@ class Parity:
         witness: "PyTree" = None,
         tolerances: "Sequence[Tolerance]" = (),
         seed: int = 0,
+        reproduce: str | os.PathLike[str] | None = None,
+        flax_source: str = "",
+        torch_source: str = "",
     ) -> "Report":
         """Compares both sides, and fails the test unless JAX's side is as it should be.
 
-        The arguments are those of :func:`flaxstab.parity.compare`.
+        The arguments are those of :func:`flaxstab.parity.compare`; ``reproduce`` is where to write
+        a script that shows the difference alone, if there is one (see
+        :func:`flaxstab.parity.reproduce`, also for ``flax_source`` and ``torch_source``). With
+        ``--parity-report DIR`` it is written to a file of the test's name there.
 
         Returns:
           The report of a comparison that passed.
         """
         from flaxstab import parity
 
-        return _passed(
+        def script(path: Path) -> object:
+            return parity.reproduce(
+                flax_side, torch_side, *inputs, path=path, layout=layout, weights=weights,
+                rename=rename, dtypes=dtypes, seed=seed,
+                flax_source=flax_source, torch_source=torch_source,
+            )  # fmt: skip
+
+        return self._passed(
             lambda: parity.compare(
                 flax_side, torch_side, *inputs, layout=layout, weights=weights, rename=rename,
                 dtypes=dtypes, witness=witness, tolerances=tolerances, seed=seed,
-            )
+            ),
+            script,
+            None if reproduce is None else Path(reproduce),
         )  # fmt: skip
 
     def check_trajectory(
@@ -69,29 +100,162 @@ class Parity:
         """
         from flaxstab import parity
 
-        return _passed(
+        return self._passed(
             lambda: parity.trajectory(
                 flax_side, torch_side, batches, steps=steps, layout=layout, weights=weights,
                 rename=rename, dtypes=dtypes, tolerances=tolerances,
             )
         )  # fmt: skip
 
+    def _passed(
+        self,
+        compare: "Callable[[], Report]",
+        script: "Callable[[Path], object] | None" = None,
+        path: Path | None = None,
+    ) -> "Report":
+        """Returns the report, or fails the test with one screen of it.
 
-def _passed(compare: "Callable[[], Report]") -> "Report":
-    """Returns the report, or fails the test with one screen of it."""
-    report, words = None, ""
+        Args:
+          compare: makes the report.
+          script: writes a script that shows the difference; None if none can be written.
+          path: where to; None: nowhere, or where the report of the session is.
+        """
+        report, words, shown = None, "", ""
+        try:
+            report = compare()
+        except ModuleNotFoundError as error:
+            words = f"the comparison needs {error.name}: pip install 'flaxstab[torch]'"
+        except ValueError as error:
+            words = f"cannot compare: {error}"
+        if path is None and self._written is not None:
+            path = self._written.script()
+        if report is not None and not report.passed and script is not None and path is not None:
+            shown = _reproduced(script, path)
+        if self._written is not None:
+            self._written.keep(report, words, shown)
+        if report is not None and report.passed:
+            return report
+        pytest.fail(f"parity: {words or report}" + (f"\n  {shown}" if shown else ""), pytrace=False)
+
+
+def _reproduced(script: "Callable[[Path], object]", path: Path) -> str:
+    """Says where the script of a difference is, or why there is none."""
     try:
-        report = compare()
-    except ModuleNotFoundError as error:
-        words = f"the comparison needs {error.name}: pip install 'flaxstab[torch]'"
+        return f"alone: {script(path)}"
     except ValueError as error:
-        words = f"cannot compare: {error}"
-    if report is not None and report.passed:
-        return report
-    pytest.fail(f"parity: {words or report}", pytrace=False)
+        return f"no script: {error}"
 
 
 @pytest.fixture(scope="session")
-def parity() -> Parity:
+def parity(request: pytest.FixtureRequest) -> Parity:
     """The harness: ``parity.check(flax_model, torch_model, *inputs, layout=...)``."""
-    return Parity()
+    return Parity(request.config.pluginmanager.get_plugin(_NAME))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the options of the fixture ``parity``."""
+    parser.getgroup("parity").addoption(
+        "--parity-report",
+        metavar="DIR",
+        help="write every comparison of the fixture 'parity' to DIR/parity.json and parity.html",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the folder of the report at once, so that hours of tests do not end in an error."""
+    folder = config.getoption("--parity-report")
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise pytest.UsageError(
+            f"--parity-report must name a folder that exists or can be made, got {folder!r}: "
+            f"{error.strerror}."
+        ) from None
+    config.pluginmanager.register(Written(config, Path(folder)), _NAME)
+
+
+class Written:
+    """Collects the comparisons of a session and writes them at its end.
+
+    A test's comparisons travel on its reports, which pytest-xdist sends from its workers: those of
+    tests that finished are kept if a worker dies.
+
+    Args:
+      config: pytest's.
+      folder: where the files shall be.
+    """
+
+    def __init__(self, config: pytest.Config, folder: Path) -> None:
+        self._folder = folder
+        self._worker = getattr(config, "workerinput", None) is not None  # of pytest-xdist
+        self._pending: list[tuple[Report | None, str, str]] = []
+        self._plain: list[dict[str, object]] = []
+        self._session: Session | None = None
+
+    def script(self) -> Path:
+        """Returns where the script of the running test's failure shall be."""
+        test = os.environ.get("PYTEST_CURRENT_TEST", "session").rpartition(" ")[0]
+        again = f"_{len(self._pending) + 1}" if self._pending else ""
+        return self._folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', test).strip('_')}{again}.py"
+
+    def keep(self, report: "Report | None", words: str, script: str) -> None:
+        """Keeps what the running test compared.
+
+        Args:
+          report: what was found; None if the sides could not be compared.
+          words: why they could not.
+          script: where a script shows it alone, in words.
+        """
+        self._pending.append((report, words, script))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Puts what was compared since the last report on a test's report."""
+        report = yield
+        pending, self._pending = self._pending, []
+        if pending:
+            from flaxstab.parity import Case
+            from flaxstab.parity._plain import to_plain
+
+            cases = [
+                Case(item.nodeid, found, words, found and found.location, script)
+                for found, words, script in pending
+            ]
+            report.__dict__["parity_cases"] = [to_plain(case) for case in cases]
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Takes them from there, in the process that writes."""
+        self._plain += vars(report).get("parity_cases", [])
+
+    def pytest_sessionfinish(self) -> None:
+        """Writes the files."""
+        if self._worker:
+            return
+        from flaxstab.parity import Session, write_report
+
+        self._session = Session(tuple(self._cases()))
+        for ending in ("json", "html"):
+            write_report(self._session, self._folder / f"parity.{ending}")
+
+    def _cases(self) -> "Generator[Case, None, None]":
+        from flaxstab.parity import Case
+        from flaxstab.parity._plain import from_plain
+
+        seen: Counter[str] = Counter()
+        for plain in self._plain:
+            case = cast("Case", from_plain(Case, plain, "a test's comparison"))
+            seen[case.name] += 1
+            again = seen[case.name]
+            yield case if again == 1 else case._replace(name=f"{case.name} ({again})")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Says what was compared and where it stands."""
+        if self._session is None:
+            return
+        terminalreporter.section("parity")
+        terminalreporter.line(f"{self._session.verdict}: see {self._folder / 'parity.html'}")

@@ -12,13 +12,15 @@ from flax import nnx
 from flaxstab import interop
 from flaxstab._checks import check
 from flaxstab._typing import DTypeLike, PyTree
-from flaxstab.parity._compare import check_options, checked_inputs
+from flaxstab.parity._carry import Weights
+from flaxstab.parity._compare import checked_inputs
 from flaxstab.parity._inputs import Layout, Values
 from flaxstab.parity._lockstep import STEPS
-from flaxstab.parity._models import Pair, Weights
 from flaxstab.parity._optimizers import compare_optimizers
+from flaxstab.parity._options import check_dtypes, check_options
 from flaxstab.parity._program import NNXProgram
 from flaxstab.parity._record._baseline import Kind
+from flaxstab.parity._record._pair import WatchedPair
 from flaxstab.parity._recorded import RecordedSide, RecordedSteps
 from flaxstab.parity._replay import drawn_by
 from flaxstab.parity._report import Report, Tolerance, check_tolerances
@@ -94,7 +96,8 @@ def run(subject: Subject) -> Run:
     Raises:
       ValueError: as :func:`compare`.
     """
-    check_options(subject.layout, subject.weights, subject.rename, subject.dtypes)
+    check_options(subject.layout, subject.weights, subject.rename)
+    check_dtypes(subject.dtypes)
     if isinstance(subject.flax_side, TrainStep):
         return _training(subject, subject.flax_side)
     arrays = checked_inputs(subject.inputs)
@@ -107,7 +110,7 @@ def run(subject: Subject) -> Run:
             tolerances=allowed, witness=subject.witness, seed=subject.seed, watch=watch,
         )  # fmt: skip
         return Run("optimizer", report, watch.watched, inputs)
-    pair = Pair(
+    pair = WatchedPair(
         subject.flax_side, subject.torch_side, arrays, layout=subject.layout,
         weights=subject.weights, rename=subject.rename, witness=subject.witness,
     )  # fmt: skip
