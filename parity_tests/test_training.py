@@ -33,6 +33,8 @@ TorchStep = Callable[..., float]
 @functools.cache
 def batches() -> list[tuple[np.ndarray, np.ndarray]]:
     """Slices of real images, averaged down to 8 pixels, standardised by nothing but 1 / 64."""
+    if not DATA.is_file():
+        pytest.skip("the examples' images are not part of the wheel")
     with np.load(DATA) as data:
         images = data["train_images"][: STEPS * BATCH].astype(np.float64)
         labels = data["train_labels"][: STEPS * BATCH].astype(np.int64)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-FRAMEWORKS = {"jax": "jax", "flax": "flax.nnx", "optax": "optax", "torch": "torch"}
+FRAMEWORKS = {
+    "numpy": "numpy",
+    "jax": "jax",
+    "flax": "flax.nnx",
+    "optax": "optax",
+    "torch": "torch",
+}
 BITS = 23  # of a float32's mantissa  # fmt: skip
 SIDE = 128  # of the probe's matrices: large enough that GPUs use their matrix units
 SPACE = 8  # height and width of its image  # fmt: skip

@@ -25,7 +25,7 @@ def tell(words: str) -> None:
 
 def missing(*names: str) -> str:
     """Returns why a command cannot run without some packages; '' if all can be imported."""
-    absent = [name for name in names if not _imports(name)]
+    absent = [name for name in names if not imports(name)]
     if not absent:
         return ""
     return (
@@ -33,9 +33,10 @@ def missing(*names: str) -> str:
     )
 
 
-def _imports(name: str) -> bool:
+def imports(name: str) -> bool:
+    """Tells whether a module can be imported; one that fails in any way cannot."""
     try:
         import_module(name)
-    except ImportError:
+    except Exception:
         return False
     return True
