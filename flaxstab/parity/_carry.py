@@ -3,13 +3,12 @@
 from typing import Literal
 
 from flaxstab.parity._program import Program
-from flaxstab.parity._recorded import RecordedSide
 from flaxstab.parity._torch_side import TorchSide
 
 Weights = Literal["torch", "flax"] | None
 
 
-def carry(flax: Program, torch_side: TorchSide | RecordedSide, weights: Weights) -> tuple[str, ...]:
+def carry(flax: Program, torch_side: TorchSide, weights: Weights) -> tuple[str, ...]:
     """Carries the weights; returns the names of tensors that Flax does without."""
     if weights == "torch":
         needless = flax.load(torch_side.tensors(), torch_side.buffer_names())

@@ -20,7 +20,6 @@ from flaxstab.parity._locator import Locator
 from flaxstab.parity._options import lower
 from flaxstab.parity._precision import Precision
 from flaxstab.parity._program import NNXProgram, program
-from flaxstab.parity._recorded import RecordedSide
 from flaxstab.parity._replay import check_silent
 from flaxstab.parity._report import Report, Tolerance, factor_of
 from flaxstab.parity._torch_side import Rename, TorchSide
@@ -66,7 +65,7 @@ class Pair:
     def __init__(
         self,
         flax_side: object,
-        torch_side: "torch.nn.Module | Callable[..., torch.Tensor] | RecordedSide",
+        torch_side: "torch.nn.Module | Callable[..., torch.Tensor] | TorchSide",
         inputs: Sequence[np.ndarray],
         *,
         layout: Layout = None,
@@ -76,8 +75,8 @@ class Pair:
     ) -> None:
         self._layout: Layout = layout
         self._program = program(flax_side, tuple(inputs))
-        recorded = isinstance(torch_side, RecordedSide)
-        self._torch = torch_side if recorded else TorchSide(torch_side, rename)
+        given = torch_side if isinstance(torch_side, TorchSide) else None
+        self._torch = given or TorchSide(torch_side, rename)
         self._ignored = carry(self._program, self._torch, weights)
         self._without = tuple(f" {name}" for name in self._ignored)
         self._flax = FlaxSide(self._program)

@@ -110,7 +110,8 @@ def _record(subject: Subject, found: Run, *, recorded: bool) -> Record:
     watched, report = found.watched, found.report
     groups: dict[str, Values] = {f"jax {kind}": values for kind, values in watched.jax.items()}
     groups |= {f"torch {kind}": values for kind, values in watched.torch.items()}
-    values, hashes = {}, {}
+    values: dict[str, Values] = {}
+    hashes: dict[str, str] = {}
     for group, arrays in groups.items():
         values[group], large = folded({n: _plain(a) for n, a in arrays.items()})
         hashes |= {f"{group} {name}": word for name, word in large.items()}
