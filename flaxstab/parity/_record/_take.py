@@ -59,8 +59,13 @@ def attempt(make: Callable[[], tuple[Report, Record]]) -> Record:
     try:
         return make()[1]
     except Exception as error:  # of a user's model or a framework: any
-        words = " ".join(str(error).split())[:_SENTENCE]
-        return Record(Facts("none", f"{type(error).__name__}: {words}", "absent"))
+        return failure(error)
+
+
+def failure(error: Exception) -> Record:
+    """Returns the record of a case that could not be compared."""
+    words = " ".join(str(error).split())[:_SENTENCE]
+    return Record(Facts("none", f"{type(error).__name__}: {words}", "absent"))
 
 
 def recorded_side(source: Record) -> RecordedSide | RecordedSteps:
