@@ -3,6 +3,9 @@
 ``--parity-report DIR`` writes every comparison of a session to ``DIR/parity.json`` and
 ``DIR/parity.html``, also of tests that pass and under pytest-xdist.
 
+``--parity-record FILE`` writes all that they computed to a baseline; ``--parity-baseline FILE``
+compares them with one, and fails a test whose comparison breaks what was right then.
+
 Loaded by pytest wherever flaxstab is installed, so it imports neither JAX nor PyTorch before use.
 """
 
@@ -19,9 +22,20 @@ if TYPE_CHECKING:
     import numpy as np
 
     from flaxstab._typing import DTypeLike, PyTree
-    from flaxstab.parity import Case, Report, Session, Tolerance, TrainStep
+    from flaxstab.parity import (
+        Baseline,
+        Case,
+        Report,
+        Session,
+        Subject,
+        Tolerance,
+        TrainStep,
+    )
+    from flaxstab.parity._diff import CaseDiff
+    from flaxstab.parity._record import Record
 
 _NAME = "flaxstab-parity-report"
+_BASELINES = "flaxstab-parity-baselines"
 
 
 class Parity:
@@ -29,10 +43,13 @@ class Parity:
 
     Args:
       written: keeps every comparison for ``--parity-report``; None without it.
+      baselines: records and compares them for ``--parity-record`` and ``--parity-baseline``.
     """
 
-    def __init__(self, written: "Written | None" = None) -> None:
-        self._written = written
+    def __init__(
+        self, written: "Written | None" = None, baselines: "Baselines | None" = None
+    ) -> None:
+        self._written, self._baselines = written, baselines
 
     def check(
         self,
@@ -69,14 +86,17 @@ class Parity:
                 flax_source=flax_source, torch_source=torch_source,
             )  # fmt: skip
 
-        return self._passed(
-            lambda: parity.compare(
-                flax_side, torch_side, *inputs, layout=layout, weights=weights, rename=rename,
-                dtypes=dtypes, witness=witness, tolerances=tolerances, seed=seed,
-            ),
-            script,
-            None if reproduce is None else Path(reproduce),
-        )  # fmt: skip
+        def compare() -> "Report":
+            options: dict[str, PyTree] = {
+                "layout": layout, "weights": weights, "rename": rename, "dtypes": dtypes,
+                "witness": witness, "tolerances": tolerances, "seed": seed,
+            }  # fmt: skip
+            if self._baselines is None:
+                return parity.compare(flax_side, torch_side, *inputs, **options)
+            subject = parity.Subject(flax_side, torch_side, inputs, **options)
+            return self._baselines.compare(subject)
+
+        return self._passed(compare, script, None if reproduce is None else Path(reproduce))
 
     def check_trajectory(
         self,
@@ -100,12 +120,17 @@ class Parity:
         """
         from flaxstab import parity
 
-        return self._passed(
-            lambda: parity.trajectory(
-                flax_side, torch_side, batches, steps=steps, layout=layout, weights=weights,
-                rename=rename, dtypes=dtypes, tolerances=tolerances,
-            )
-        )  # fmt: skip
+        def compare() -> "Report":
+            options: dict[str, PyTree] = {
+                "steps": steps, "layout": layout, "weights": weights, "rename": rename,
+                "dtypes": dtypes, "tolerances": tolerances,
+            }  # fmt: skip
+            if self._baselines is None:
+                return parity.trajectory(flax_side, torch_side, batches, **options)
+            subject = parity.Subject(flax_side, torch_side, tuple(batches), **options)
+            return self._baselines.compare(subject)
+
+        return self._passed(compare)
 
     def _passed(
         self,
@@ -133,6 +158,9 @@ class Parity:
             shown = _reproduced(script, path)
         if self._written is not None:
             self._written.keep(report, words, shown)
+        broken = "" if self._baselines is None else self._baselines.broken
+        if broken and report is not None and report.passed:
+            pytest.fail(f"parity: not as in the baseline: {broken}", pytrace=False)
         if report is not None and report.passed:
             return report
         pytest.fail(f"parity: {words or report}" + (f"\n  {shown}" if shown else ""), pytrace=False)
@@ -149,20 +177,33 @@ def _reproduced(script: "Callable[[Path], object]", path: Path) -> str:
 @pytest.fixture(scope="session")
 def parity(request: pytest.FixtureRequest) -> Parity:
     """The harness: ``parity.check(flax_model, torch_model, *inputs, layout=...)``."""
-    return Parity(request.config.pluginmanager.get_plugin(_NAME))
+    find = request.config.pluginmanager.get_plugin
+    return Parity(find(_NAME), find(_BASELINES))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the options of the fixture ``parity``."""
-    parser.getgroup("parity").addoption(
+    group = parser.getgroup("parity")
+    group.addoption(
         "--parity-report",
         metavar="DIR",
         help="write every comparison of the fixture 'parity' to DIR/parity.json and parity.html",
+    )
+    group.addoption(
+        "--parity-record",
+        metavar="FILE",
+        help="write inputs, weights and results of every comparison to a baseline",
+    )
+    group.addoption(
+        "--parity-baseline",
+        metavar="FILE",
+        help="compare every comparison with an earlier baseline; what breaks fails its test",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Makes the folder of the report at once, so that hours of tests do not end in an error."""
+    _configure_baselines(config)
     folder = config.getoption("--parity-report")
     if folder is None:
         return
@@ -174,6 +215,102 @@ def pytest_configure(config: pytest.Config) -> None:
             f"{error.strerror}."
         ) from None
     config.pluginmanager.register(Written(config, Path(folder)), _NAME)
+
+
+def _configure_baselines(config: pytest.Config) -> None:
+    """Refuses at once what would only fail at the end of the tests."""
+    file, baseline = (config.getoption(f"--parity-{name}") for name in ("record", "baseline"))
+    if file is None and baseline is None:
+        return
+    if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
+        raise pytest.UsageError(
+            "--parity-record and --parity-baseline must run in one process, got pytest-xdist. "
+            "Pass -n 0."
+        )
+    if file is not None and (not Path(file).parent.is_dir() or Path(file).is_dir()):
+        raise pytest.UsageError(
+            f"--parity-record must name a file in a folder that exists, got {file!r}."
+        )
+    earlier = None
+    if baseline is not None:
+        from flaxstab.parity import read_baseline
+
+        try:
+            earlier = read_baseline(baseline)
+        except ValueError as error:
+            raise pytest.UsageError(f"--parity-baseline: {error}") from None
+    config.pluginmanager.register(Baselines(file, earlier), _BASELINES)
+
+
+class Baselines:
+    """Records the comparisons of a session, and compares them with those of an earlier one.
+
+    Args:
+      file: the baseline to write at the end; None for none.
+      earlier: the one to compare with; None for none.
+
+    Attributes:
+      broken: how the last comparison breaks what the baseline holds; '' if it does not.
+    """
+
+    def __init__(self, file: str | None, earlier: "Baseline | None") -> None:
+        self.broken = ""
+        self._file, self._earlier = file, earlier
+        self._cases: dict[str, Record] = {}
+        self._diffs: dict[str, CaseDiff] = {}
+        self._lines: list[str] = []
+
+    def compare(self, subject: "Subject") -> "Report":
+        """Compares both sides, as the harness does, and keeps what they computed."""
+        from flaxstab.parity._record._take import failure, take
+
+        test = os.environ.get("PYTEST_CURRENT_TEST", "session").rpartition(" ")[0]
+        again = sum(name == test or name.startswith(f"{test} (") for name in self._cases)
+        name, self.broken = f"{test} ({again + 1})" if again else test, ""
+        try:
+            report, self._cases[name] = take(subject)
+        except Exception as error:
+            self._cases[name] = failure(error)
+            self._note(name, subject)
+            raise
+        self._note(name, subject)
+        return report
+
+    def _note(self, name: str, subject: "Subject") -> None:
+        """Compares with the baseline, if there is one."""
+        if self._earlier is None:
+            return
+        from flaxstab.parity._diff import against
+
+        found = against(name, subject, self._cases[name], self._earlier)
+        self._diffs[name] = found
+        self.broken = found.words if found.breaks else ""
+
+    def pytest_sessionfinish(self) -> None:
+        """Writes the baseline, and says what has moved since the earlier one."""
+        if not self._cases:
+            self._lines = ["no comparison was made: nothing is recorded"]
+            return
+        from flaxstab.parity._record import surroundings, write_baseline
+
+        baseline = surroundings(self._cases)
+        if self._file is not None:
+            write_baseline(baseline, self._file)
+            self._lines.append(f"{len(self._cases)} comparisons recorded: {self._file}")
+        if self._earlier is not None:
+            from flaxstab.parity._diff import gathered
+
+            self._lines += str(gathered([*self._diffs.values()], self._earlier, baseline)).split(
+                "\n"
+            )
+            rest = len(self._earlier.cases.keys() - self._diffs.keys())
+            self._lines += [f"  {rest} records of the baseline were not compared"] if rest else []
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Shows what was found."""
+        terminalreporter.section("parity baseline")
+        for line in self._lines:
+            terminalreporter.line(line)
 
 
 class Written:

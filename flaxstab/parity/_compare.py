@@ -7,8 +7,9 @@ import numpy as np
 import optax
 
 from flaxstab._typing import DTypeLike, PyTree
+from flaxstab.parity._carry import Weights
 from flaxstab.parity._inputs import Layout
-from flaxstab.parity._models import Pair, Weights
+from flaxstab.parity._models import Pair
 from flaxstab.parity._optimizers import compare_optimizers
 from flaxstab.parity._options import check_dtypes, check_options, checked_inputs
 from flaxstab.parity._report import Report, Tolerance, check_tolerances

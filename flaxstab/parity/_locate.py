@@ -6,9 +6,10 @@ import numpy as np
 from flax import nnx
 
 from flaxstab._typing import DTypeLike
+from flaxstab.parity._carry import Weights
 from flaxstab.parity._inputs import Layout
 from flaxstab.parity._layers import Location
-from flaxstab.parity._models import Pair, Weights
+from flaxstab.parity._models import Pair
 from flaxstab.parity._options import check_dtypes, check_options, checked_inputs
 from flaxstab.parity._torch_side import Rename
 

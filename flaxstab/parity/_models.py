@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,13 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import DTypeLike
+from flaxstab.parity._carry import Weights, carry
 from flaxstab.parity._flax_side import FlaxSide
-from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest, own_rng, round_to
+from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest, own_rng
 from flaxstab.parity._locator import Locator
+from flaxstab.parity._options import lower
 from flaxstab.parity._precision import Precision
-from flaxstab.parity._program import NNXProgram, Program, program
-from flaxstab.parity._recorded import RecordedSide
+from flaxstab.parity._program import NNXProgram, program
 from flaxstab.parity._replay import check_silent
 from flaxstab.parity._report import Report, Tolerance, factor_of
 from flaxstab.parity._torch_side import Rename, TorchSide
@@ -37,15 +38,12 @@ from flaxstab.parity._verdict import (
     unit_of_worst,
     vanishes,
 )
-from flaxstab.parity._watched import Watched
 
 if TYPE_CHECKING:
     import torch
 
 _PASSED_ON = ("output", "evaluation", "grad input")  # what the next layer sees the dtype of
 _REDRAWS = 2
-
-Weights = Literal["torch", "flax"] | None
 
 
 class Pair:
@@ -67,7 +65,7 @@ class Pair:
     def __init__(
         self,
         flax_side: object,
-        torch_side: "torch.nn.Module | Callable[..., torch.Tensor] | RecordedSide",
+        torch_side: "torch.nn.Module | Callable[..., torch.Tensor] | TorchSide",
         inputs: Sequence[np.ndarray],
         *,
         layout: Layout = None,
@@ -77,8 +75,8 @@ class Pair:
     ) -> None:
         self._layout: Layout = layout
         self._program = program(flax_side, tuple(inputs))
-        recorded = isinstance(torch_side, RecordedSide)
-        self._torch = torch_side if recorded else TorchSide(torch_side, rename)
+        given = torch_side if isinstance(torch_side, TorchSide) else None
+        self._torch = given or TorchSide(torch_side, rename)
         self._ignored = carry(self._program, self._torch, weights)
         self._without = tuple(f" {name}" for name in self._ignored)
         self._flax = FlaxSide(self._program)
@@ -100,7 +98,8 @@ class Pair:
         seed: int = 0,
     ) -> Report:
         """Compares both sides on some inputs; see :func:`compare`."""
-        fed, kinds, stored = self._fed(inputs, dtypes, seed)
+        fed = self.fed(inputs, seed)
+        kinds, stored = lower(fed.arrays, dtypes)
         exact = self._exact(fed, stored)
         magnitudes = self._flax.magnitudes(exact.fed, exact.ours, exact.precision)
         findings = self._semantics(exact, magnitudes, tolerances)
@@ -151,43 +150,6 @@ class Pair:
                 "side. Compare these as a whole, with parity.compare."
             )
         return Locator(self._program, self._torch, fed, dtype)
-
-    def watch(
-        self, inputs: Sequence[np.ndarray], *, dtypes: Sequence[DTypeLike], seed: int
-    ) -> Watched:
-        """Runs both sides as :meth:`judge` does; returns all values and what judges them."""
-        fed, kinds, stored = self._fed(inputs, dtypes, seed)
-        exact, watched = self._exact(fed, stored), Watched()
-        magnitudes = self._flax.magnitudes(exact.fed, exact.ours, exact.precision)
-        watched.add("float64", exact.ours, exact.theirs, magnitudes)
-        for kind in kinds:
-            oracle = exact if kind == stored else self._exact(fed, kind)
-            low = self._low(oracle, kind, magnitudes)
-            watched.add(kind.name, low.ours, low.theirs, low.units)
-            if oracle is not exact:  # what judges PyTorch's side where it is absent
-                watched.torch[f"float64 of {kind.name}"] = oracle.theirs
-            for finding in self._judged(low, oracle, kind, ()):
-                errors = finding.jax_error, finding.torch_error
-                watched.errors[kind.name, finding.name] = errors
-        return watched
-
-    def tensors(self) -> Values:
-        """Returns the weights and statistics that both sides start from, by PyTorch's names."""
-        return self._torch.tensors()
-
-    def buffer_names(self) -> set[str]:
-        """Returns the names of the tensors that are no parameters."""
-        return self._torch.buffer_names()
-
-    def _fed(
-        self, inputs: Sequence[np.ndarray], dtypes: Sequence[DTypeLike], seed: int
-    ) -> tuple[Inputs, list[np.dtype], DTypeLike]:
-        """Returns what both sides are fed, the lower precisions, and what is rounded to first."""
-        fed, kinds = self.fed(inputs, seed), [jnp.dtype(kind) for kind in dtypes]
-        for kind in kinds:
-            _check_range(fed.arrays, kind)
-        # Where float32 is judged, float64 starts from the same rounded numbers and serves both.
-        return fed, kinds, np.float32 if np.dtype(np.float32) in kinds else np.float64
 
     def sides(self) -> "tuple[nnx.Module | None, torch.nn.Module | None]":
         """Returns both sides with the weights that they are compared with; None for functions."""
@@ -387,19 +349,6 @@ class Pair:
         return findings
 
 
-def _check_range(arrays: tuple[np.ndarray, ...], dtype: np.dtype) -> None:
-    """Refuses inputs that a dtype turns into infinity, or into nothing but 0."""
-    for place, array in enumerate(arrays):
-        if is_float(array) and array.size:
-            with np.errstate(over="ignore", under="ignore"):
-                low = round_to(array, dtype)
-            fits = np.array_equal(np.isfinite(low), np.isfinite(array)) and low.any() == array.any()
-            rule = f"inputs must lie within the range of {dtype.name}"
-            fix = "Scale them, or leave that dtype out of dtypes=."
-            largest_of = f"{largest(array):.1e}"
-            check(fits, rule, fix=fix, **{f"input {place} of size": largest_of})
-
-
 class _Exact(NamedTuple):
     """Both sides' float64 results: compared for meaning, and the oracles of lower precisions."""
 
@@ -416,19 +365,6 @@ class _Low(NamedTuple):
     ours: Values
     theirs: Values
     units: Values
-
-
-def carry(flax: Program, torch_side: TorchSide | RecordedSide, weights: Weights) -> tuple[str, ...]:
-    """Carries the weights; returns the names of tensors that Flax does without."""
-    if weights == "torch":
-        needless = flax.load(torch_side.tensors(), torch_side.buffer_names())
-        if flax.tensors():  # back again: Flax may round them, or keep one bias for torch's two
-            torch_side.load(flax.tensors())
-        return needless
-    ours = flax.tensors()
-    if weights == "flax":
-        torch_side.load(ours)
-    return tuple(name for name in torch_side.tensors() if name not in ours)
 
 
 def _has_stock_dropout(model: nnx.Module) -> bool:

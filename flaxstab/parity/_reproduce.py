@@ -18,9 +18,10 @@ from flaxstab._checks import check
 from flaxstab._environment import describe
 from flaxstab._files import write_whole
 from flaxstab._typing import DTypeLike, PyTree
+from flaxstab.parity._carry import Weights
 from flaxstab.parity._inputs import Layout, channels_first, channels_last, round_to
 from flaxstab.parity._layers import WHOLE
-from flaxstab.parity._models import Pair, Weights
+from flaxstab.parity._models import Pair
 from flaxstab.parity._replay import torch_rate
 from flaxstab.parity._replay_attention import attention_rate
 from flaxstab.parity._reproduce_optimizer import optimizer_specimen
