@@ -92,7 +92,7 @@ def reproduce(
     seed: int = 0,
     flax_source: str = "",
     torch_source: str = "",
-    patience: float = 60.0,
+    patience: float = 30.0,
 ) -> Reproduction:
     """Writes a script that shows, with as little as possible, that two sides differ.
 
