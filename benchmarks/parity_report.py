@@ -17,7 +17,7 @@ from flax import nnx
 from flaxstab import models, parity
 from torch_ref.resnet import ResNet
 
-FAULTY = "layer3.2.bn2"  # which layer gets another eps
+FAULTY = {"resnet18": "layer3.1.bn2", "resnet50": "layer3.2.bn2"}  # which gets another eps
 
 
 class Part(NamedTuple):
@@ -62,7 +62,7 @@ def sides(kind: str, *, fault: bool) -> tuple[nnx.Module, torch.nn.Module]:
     }
     twin = theirs[kind]
     if fault:
-        twin.get_submodule(FAULTY).eps = 1e-4
+        twin.get_submodule(FAULTY[kind]).eps = 1e-4
     return ours(num_classes=1000, rngs=nnx.Rngs(0)), twin
 
 
@@ -82,12 +82,15 @@ def main() -> None:
     clock("making both sides")
     report = parity.compare(flax_side, torch_side, images, layout="image")
     clock("comparing, in float64 and float32")
+    location = parity.locate(flax_side, torch_side, images, layout="image")
+    clock("each layer alone, forward and backward")
     for ending in ("json", "html"):
         title = f"{given.model} beside PyTorch, {given.size} x {given.size}"
         path = given.out / f"{given.model}.{ending}"
-        parity.write_report(report, path, title=title)
+        parity.write_report(report, path, title=title, location=location)
     clock("writing the report")
-    print(f"{'together':40s} {sum(part.seconds for part in clock.parts):7.1f} s\n\n{report}")
+    together = sum(part.seconds for part in clock.parts)
+    print(f"{'together':40s} {together:7.1f} s\n\n{report}\n\n{location}")
 
 
 if __name__ == "__main__":
