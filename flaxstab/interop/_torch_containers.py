@@ -32,6 +32,11 @@ class Ordered(nnx.Module):
         for name, part in parts.items():
             setattr(self, name, part)
 
+    @property
+    def layers(self) -> tuple[nnx.Module, ...]:
+        """The modules in order, as ``nnx.Sequential`` has them."""
+        return tuple(getattr(self, name) for name in self.names)
+
     def __call__(self, x: Array) -> Array:
         """Maps an array through all of them."""
         for name, place in zip(self.names, self.moves, strict=True):

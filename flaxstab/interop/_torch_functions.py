@@ -1,5 +1,6 @@
 """What PyTorch's layers without parameters compute, in JAX: activations, pools, shapes."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -46,7 +47,7 @@ class Function:
             # As PyTorch, which rounds the result to 16 bits and nothing before.
             wide = jnp.asarray(x, widest(x.dtype))
             return jnp.asarray(_ELEMENTWISE[self.name](wide, **options), x.dtype)
-        return _SHAPED[self.name.rstrip("123d")](x, **options)
+        return _SHAPED[re.sub("[123]d$", "", self.name)](x, **options)
 
 
 class Applied(nnx.Module):
@@ -105,10 +106,6 @@ def _leaky_relu(x: Array, negative_slope: float) -> Array:
     return jnp.where(x > 0, x, negative_slope * x)
 
 
-def _log_sigmoid(x: Array) -> Array:
-    return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-jnp.abs(x)))
-
-
 def _mish(x: Array) -> Array:
     return x * jnp.tanh(jnp.logaddexp(x, jnp.zeros_like(x)))
 
@@ -135,22 +132,22 @@ _ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "CELU": _celu,
     "ELU": _elu,
     "GELU": _gelu,
-    "GLU": lambda x, dim: jax.nn.glu(x, dim),
+    "GLU": lambda x, dim: jax.nn.glu(x, axis=dim),
     "Hardshrink": _hardshrink,
     "Hardsigmoid": _hardsigmoid,
     "Hardswish": _hardswish,
     "Hardtanh": _hardtanh,
     "LeakyReLU": _leaky_relu,
-    "LogSigmoid": _log_sigmoid,
-    "LogSoftmax": lambda x, dim: jax.nn.log_softmax(x, dim),
+    "LogSigmoid": jax.nn.log_sigmoid,
+    "LogSoftmax": lambda x, dim: jax.nn.log_softmax(x, axis=dim),
     "Mish": _mish,
     "ReLU": jax.nn.relu,
     "ReLU6": lambda x: _hardtanh(x, 0.0, 6.0),
     "SELU": _selu,
     "SiLU": jax.nn.silu,
     "Sigmoid": jax.nn.sigmoid,
-    "Softmax": lambda x, dim: jax.nn.softmax(x, dim),
-    "Softmin": lambda x, dim: jax.nn.softmax(-x, dim),
+    "Softmax": lambda x, dim: jax.nn.softmax(x, axis=dim),
+    "Softmin": lambda x, dim: jax.nn.softmax(-x, axis=dim),
     "Softplus": _softplus,
     "Softshrink": _softshrink,
     "Softsign": jax.nn.soft_sign,

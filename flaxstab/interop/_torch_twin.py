@@ -104,8 +104,8 @@ def from_torch(
       module: the module; it is not changed.
       rngs: source of the keys of dropout.
       layout: as in :func:`flaxstab.parity.compare`: ``'image'`` = the twin takes and returns
-        features-last what PyTorch has at axis 1; ``None`` = the same arrays as PyTorch. Convolutions
-        and pools want ``'image'``.
+        features-last what PyTorch has at axis 1; ``None`` = the same arrays as PyTorch.
+        Convolutions and pools want ``'image'``.
 
     Returns:
       The twin, whose tensors have PyTorch's names.
@@ -158,16 +158,15 @@ class Converter:
     ) -> None:
         self.rngs = rngs
         self.layout = layout
+        self._model = model  # alive: its parts are known by their ids
         self._names = {id(m): name for name, m in reversed(list(model.named_modules()))}
         self._made: dict[tuple[int, Place | None], _Built] = {}
 
     def __call__(self, module: "torch.nn.Module") -> nnx.Module:
         """Returns the twin of a submodule, which takes and gives arrays as ``layout`` says."""
-        check(
-            id(module) in self._names,
-            "convert takes submodules of the module that is converted",
-            module=type(module).__name__,
-        )
+        known = id(module) in self._names
+        rule = "convert takes submodules of the module that is converted"
+        check(known, rule, module=type(module).__name__)
         place: Place = "last" if self.layout == "image" else "torch"
         return self._closed(self._part(module, place), module, place)
 
@@ -246,6 +245,8 @@ class Converter:
     def _bare(self, module: "torch.nn.Module", name: str, kind: Kind) -> nnx.Module:
         """Returns the twin of a layer, without its weights."""
         children = dict(_children(module))
+        if kind.children:
+            children.pop("activation", None)  # of a Transformer layer: it is asked for by its build
         wrong = [n for n, c in children.items() if type_name(c) != kind.children.get(n)]
         wrong += [n for n in kind.children if n not in children]
         if wrong:
@@ -333,7 +334,12 @@ def carry_modes(twin: nnx.Module, module: "torch.nn.Module") -> None:
 
 
 def _check_plain(module: "torch.nn.Module", name: str) -> None:
-    """Refuses what changes a module's result from outside of it."""
+    """Refuses weights without values, and what changes a module's result from outside of it."""
+    lazy = [n for n, p in module.named_parameters(recurse=False) if "Uninit" in type(p).__name__]
+    empty = [n for n, t in module.state_dict(keep_vars=True).items() if t.device.type == "meta"]
+    if lazy or empty:
+        fix = "Run it once, or load its weights."
+        raise ValueError(refusal(module, name, f"{(lazy + empty)[0]!r} has no values yet", fix))
     own = vars(module)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     fix = "Remove it: a twin would compute without it."
@@ -344,11 +350,6 @@ def _check_plain(module: "torch.nn.Module", name: str) -> None:
     ):
         if found:
             raise ValueError(refusal(module, name, what, fix))
-    lazy = [n for n, p in module.named_parameters(recurse=False) if "Uninit" in type(p).__name__]
-    empty = [n for n, t in module.state_dict(keep_vars=True).items() if t.device.type == "meta"]
-    if lazy or empty:
-        fix = "Run it once, or load its weights."
-        raise ValueError(refusal(module, name, f"{(lazy + empty)[0]!r} has no values yet", fix))
 
 
 def _check_ties(module: "torch.nn.Module") -> None:
