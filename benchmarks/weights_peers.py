@@ -11,7 +11,7 @@ For each model that environment writes the state_dict (random weights, random ru
 images, a random cotangent of the logits, and PyTorch's logits and gradients in float32 and float64,
 in evaluation. Here the weights are loaded, and checked:
 
-- accounted for: every tensor is loaded (``num_batches_tracked`` included) and every variable filled,
+- accounted for: every tensor is loaded (``num_batches_tracked``, too) and every variable filled,
   as many parameters as the peer counts;
 - round trip: what flaxstab writes back is the same, bit by bit;
 - logits and gradients in float32: their distance from PyTorch's float64, over that of its own
