@@ -194,6 +194,8 @@ def test_the_mode_is_carried_module_by_module() -> None:
     assert twin.self_attn.deterministic
     assert twin.dropout.deterministic
     assert not twin.dropout1.deterministic
+    drops = (twin.self_attn, twin.dropout, twin.dropout1, twin.dropout2)
+    assert [drop.p for drop in drops] == [0.5] * 4
 
 
 def test_a_frozen_norm_in_a_training_net_keeps_its_statistics() -> None:

@@ -77,12 +77,16 @@ CASES: dict[str, Case] = {
         nn.ZeroPad2d((0, 2, 1, 0)), nn.AdaptiveAvgPool2d((None, 2)), nn.ReflectionPad2d(1),
         nn.ReplicationPad2d((1, 0, 0, 2)), nn.CircularPad2d(1),
     )),
-    "untracked": Case(lambda: Net(
-        nn.BatchNorm2d(4, 1e-3, track_running_stats=False), nn.InstanceNorm2d(4, 1e-2),
-        nn.InstanceNorm2d(4, 1e-3, 0.4, False, True), nn.SyncBatchNorm(4, 1e-3, 0.2, False),
-        nn.SyncBatchNorm(4, track_running_stats=False), nn.BatchNorm2d(4, affine=False),
-        nn.InstanceNorm2d(4, affine=True, bias=False), nn.BatchNorm2d(4, bias=False),
-        nn.GroupNorm(2, 4, 1e-2), nn.GroupNorm(4, 4, affine=False), nn.BatchNorm2d(4, momentum=0.0),
+    # A convolution before each norm with statistics: of normalised data its mean would be 0.
+    "norms": Case(lambda: Net(
+        nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 4, 1),
+        nn.InstanceNorm2d(4, 1e-3, 0.4, False, True), nn.InstanceNorm2d(4, 1e-2),
+        nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4, 1e-3, 0.2, False),
+        nn.SyncBatchNorm(4, track_running_stats=False),
+        nn.InstanceNorm2d(4, affine=True, bias=False),
+        nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, bias=False), nn.GroupNorm(2, 4, 1e-2),
+        nn.BatchNorm2d(4, 1e-3, track_running_stats=False), nn.GroupNorm(4, 4, affine=False),
+        nn.BatchNorm2d(4, momentum=0.0),
     )),
     "features in two places": Case(lambda: Net(
         nn.Linear(4, 6), nn.Conv2d(4, 5, 3, padding=1), nn.LayerNorm(6, 1e-2),
@@ -106,7 +110,7 @@ CASES: dict[str, Case] = {
         nn.Linear(80, 6), nn.Dropout(0.7),
     )),
     "encoder": Case(lambda: Net(
-        nn.TransformerEncoderLayer(6, 3, 8, 0.2, nn.GELU("tanh"), 1e-3, True, True, False),
+        nn.TransformerEncoderLayer(6, 3, 8, 0.0, nn.GELU("tanh"), 1e-3, True, True, False),
         nn.TransformerEncoderLayer(6, 2, 5, 0.0, "gelu", batch_first=True), nn.Linear(6, 2),
     ), LONG),
 }  # fmt: skip
