@@ -20,6 +20,8 @@ import pytest
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+    from flax import nnx
 
     from flaxstab._typing import DTypeLike, PyTree
     from flaxstab.parity import (
@@ -97,6 +99,33 @@ class Parity:
             return self._baselines.compare(subject)
 
         return self._passed(compare, script, None if reproduce is None else Path(reproduce))
+
+    def verify(
+        self,
+        flax_model: "nnx.Module",
+        torch_model: "torch.nn.Module",
+        *inputs: "np.ndarray",
+        layout: Literal["image"] | None = None,
+        rename: Callable[[str], str] | None = None,
+        dtypes: "Sequence[DTypeLike]" = ("float32",),
+        tolerances: "Sequence[Tolerance]" = (),
+        seed: int = 0,
+    ) -> "Report":
+        """Loads PyTorch's weights into the Flax model, and fails the test if the two differ.
+
+        The arguments are those of :func:`flaxstab.parity.verify`.
+
+        Returns:
+          The report of a comparison that passed.
+        """
+        from flaxstab import parity
+
+        return _passed(
+            lambda: parity.verify(
+                flax_model, torch_model, *inputs, layout=layout, rename=rename,
+                dtypes=dtypes, tolerances=tolerances, seed=seed,
+            )
+        )  # fmt: skip
 
     def check_trajectory(
         self,

@@ -40,3 +40,4 @@ from flaxstab.parity._steps import TrainStep as TrainStep
 from flaxstab.parity._steps import trajectory as trajectory
 from flaxstab.parity._verdict import Finding as Finding
 from flaxstab.parity._verdict import Verdict as Verdict
+from flaxstab.parity._verify import verify as verify
