@@ -1,0 +1,187 @@
+"""Weights in files: safetensors, in one piece or several, and what ``torch.save`` writes."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from flaxstab._checks import check
+from flaxstab.interop import _safetensors, _sharded
+from flaxstab.interop._flax_layout import TAG, is_tagged, to_torch_names
+from flaxstab.interop._matching import Rename
+from flaxstab.interop._report import LoadReport
+from flaxstab.interop._state_dict import load_state_dict, state_dict
+from flaxstab.interop._torch import read_pickled
+
+Location = str | os.PathLike[str]
+
+_SAFE = ".safetensors"
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+_OF_TORCH = {"format": "pt"}  # what transformers asks of a file
+
+
+def read_tensors(path: Location, *, key: str | None = None) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file by name, in their own dtypes.
+
+    Safetensors are read without PyTorch. What ``torch.save`` wrote is read by ``torch.load`` with
+    ``weights_only=True``: none of its code runs. Before memory is taken for what a file says that
+    it holds, that is compared with the file's size.
+
+    Args:
+      path: one of: a ``.safetensors`` file; the ``.safetensors.index.json`` of several, or the
+        folder in which it or a single file lies; a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file.
+      key: for PyTorch's files, the entry that holds the tensors, such as ``'model'``; ``None``
+        takes the only one that holds tensors and nothing else.
+
+    Returns:
+      Arrays, bfloat16 and float8 as those of ``ml_dtypes``. Those of one safetensors file share
+      one piece of memory.
+
+    Raises:
+      ValueError: if the file is not there, is damaged, holds anything but tensors, or may hold
+        more than one set of them. It says what to do.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> from flaxstab import linear
+      >>> model = linear.Linear(2, 5, rngs=nnx.Rngs(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = save_safetensors(model, folder + "/a.safetensors")
+      ...     {name: array.shape for name, array in read_tensors(path).items()}
+      {'weight': (5, 2), 'bias': (5,)}
+    """
+    tensors, metadata = read(path, key=key)
+    check(
+        not is_tagged(metadata),
+        "the file must hold PyTorch's names, got Flax's",
+        fix="Load it with load_safetensors, or turn it with flaxstab convert.",
+        file=str(path),
+    )
+    return tensors
+
+
+def load_safetensors(
+    model: nnx.Module,
+    path: Location,
+    *,
+    strict: bool = True,
+    rename: Rename | None = None,
+) -> LoadReport:
+    """Loads a safetensors file into a model, in place, all or nothing; without PyTorch.
+
+    Args:
+      model: as of :func:`load_state_dict`.
+      path: a ``.safetensors`` file with PyTorch's names, or with Flax's as ``flaxstab convert
+        --layout flax`` writes it; or several, as of :func:`read_tensors`.
+      strict: as of :func:`load_state_dict`.
+      rename: as of :func:`load_state_dict`.
+
+    Raises:
+      ValueError: as :func:`read_tensors` and :func:`load_state_dict`. The model is then unchanged.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> from flaxstab import linear
+      >>> model = linear.Linear(2, 5, rngs=nnx.Rngs(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = save_safetensors(model, folder + "/model.safetensors")
+      ...     print(load_safetensors(model, path))
+      2 tensors loaded
+    """
+    place = _place(path)
+    safe = place.name.endswith((_SAFE, _SAFE + _sharded.INDEX))
+    fix = "Use load_state_dict(model, read_tensors(path)) for PyTorch's files."
+    check(safe, "path must name safetensors", fix=fix, path=str(path))
+    tensors, metadata = read(place)
+    if is_tagged(metadata):
+        tensors = to_torch_names(model, tensors)
+    return load_state_dict(model, tensors, strict=strict, rename=rename)
+
+
+def save_safetensors(
+    model: nnx.Module, path: Location, *, max_shard_size: int | None = None
+) -> Path:
+    """Writes a model's :func:`state_dict` as safetensors, which PyTorch's models load.
+
+    In torch: ``module.load_state_dict(safetensors.torch.load_file(path))``. No file is in its place
+    before everything is written.
+
+    Args:
+      model: as of :func:`state_dict`.
+      path: ends in ``.safetensors``; an older file is replaced.
+      max_shard_size: the most bytes of numbers in one file; ``None`` = any number. More than that
+        make files ``NAME-00001-of-00002.safetensors`` and the index
+        ``NAME.safetensors.index.json``, as Hugging Face's libraries read them.
+
+    Returns:
+      The path of the file or of the index.
+
+    Raises:
+      ValueError: as :func:`state_dict`, or if the path cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> from flaxstab import linear
+      >>> model = linear.Linear(2, 5, rngs=nnx.Rngs(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_safetensors(model, folder + "/a.safetensors", max_shard_size=40).name
+      'a.safetensors.index.json'
+    """
+    return write(path, state_dict(model), max_shard_size=max_shard_size)
+
+
+def read(
+    path: Location, *, key: str | None = None
+) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
+    """Returns a file's tensors, with Flax's names if it has those, and its metadata."""
+    place = _place(path)
+    if place.name.endswith(_SAFE + _sharded.INDEX):
+        return _sharded.read(place)
+    if place.suffix == _SAFE:
+        return _safetensors.read(place)
+    check(
+        place.suffix in _PICKLED,
+        f"a file of tensors must end in {_SAFE}, {_SAFE}{_sharded.INDEX}, {', '.join(_PICKLED)}",
+        path=str(path),
+    )
+    return read_pickled(place, key), {}
+
+
+def write(
+    path: Location,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    flax: bool = False,
+    max_shard_size: int | None = None,
+) -> Path:
+    """Writes tensors by PyTorch's names, or by Flax's with the tag that says so."""
+    place = Path(path)
+    check(place.suffix == _SAFE, f"path must end in {_SAFE}", path=str(path))
+    size = max_shard_size if max_shard_size is not None else 1 + sum(
+        array.nbytes for array in tensors.values()
+    )  # fmt: skip
+    return _sharded.write(place, tensors, TAG if flax else _OF_TORCH, size)
+
+
+def _place(path: Location) -> Path:
+    """Returns the file that is meant; of a folder its only set of safetensors."""
+    place = Path(path)
+    check(place.exists(), "path must be that of a file", fix="There is none.", path=str(path))
+    if not place.is_dir():
+        check(place.stat().st_size > 0, "the file must not be empty", file=str(path),
+              fix="Fetch it again.")  # fmt: skip
+        return place
+    found = sorted(place.glob("*" + _SAFE + _sharded.INDEX)) or sorted(place.glob("*" + _SAFE))
+    check(
+        len(found) == 1,
+        "a folder must hold one index of safetensors, or one file of them",
+        fix="Name the file itself.",
+        folder=str(path),
+        found=[file.name for file in found],
+    )
+    return found[0]
