@@ -10,7 +10,8 @@ from flax import nnx
 from flaxstab._checks import check
 from flaxstab.interop import _safetensors, _sharded
 from flaxstab.interop._flax_layout import TAG, is_tagged, to_torch_names
-from flaxstab.interop._report import LoadReport, Rename
+from flaxstab.interop._matching import Rename
+from flaxstab.interop._report import LoadReport
 from flaxstab.interop._state_dict import load_state_dict, state_dict
 from flaxstab.interop._torch import read_pickled
 

@@ -9,7 +9,7 @@ from flax import nnx
 from flaxstab._checks import check
 from flaxstab.functional._paths import Names
 from flaxstab.interop._entries import Arrays, Entry
-from flaxstab.interop._state_dict import walk
+from flaxstab.interop._walk import walk
 
 Tensors = Mapping[str, np.ndarray]
 ByPath = Mapping[Names, np.ndarray]
@@ -84,16 +84,22 @@ class Moments:
     """The parameters of a model and torch's names for them, each under all its names.
 
     Raises:
-      ValueError: if a variable belongs to a module type without a rule.
+      ValueError: if a variable belongs to a module type without a rule, or blocks are stacked.
     """
 
     def __init__(self, model: nnx.Module) -> None:
         self._groups: dict[str, Group] = {}
         for layer in (found.layer for found in walk(model)):
+            check(
+                not layer.at,
+                "an optimizer's state is carried for a model without stacks",
+                fix="Take flaxstab.models.unstacked(model), and an optimizer of its own.",
+                stacked=layer.prefix.removesuffix("."),
+            )
             for entry in layer.entries:
                 tensors = tuple(layer.prefix + name for name in entry.tensors)
                 paths = tuple(tuple(map(str, layer.paths[name])) for name in entry.variables)
-                values = tuple(layer.values[name] for name in entry.variables)
+                values = tuple(layer.values[name].read() for name in entry.variables)
                 self._groups |= dict.fromkeys(tensors, Group(tensors, paths, values, entry))
 
     def groups(self, names: Iterable[str]) -> list[Group]:

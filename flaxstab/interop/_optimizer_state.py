@@ -8,11 +8,11 @@ import optax
 from flax import nnx
 
 from flaxstab._typing import PyTree
+from flaxstab.interop._matching import Rename
 from flaxstab.interop._moments import Moments
 from flaxstab.interop._optimizer_given import Given, replaced
 from flaxstab.interop._optimizer_kept import STEP, Kept, covered, one_of
 from flaxstab.interop._optimizer_names import Groups, Id, Names, names_by_id, states_by_name
-from flaxstab.interop._report import Rename
 
 
 def optimizer_state_dict(
