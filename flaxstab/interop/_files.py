@@ -95,7 +95,7 @@ def load_safetensors(
     safe = place.name.endswith((_SAFE, _SAFE + _sharded.INDEX))
     fix = "Use load_state_dict(model, read_tensors(path)) for PyTorch's files."
     check(safe, "path must name safetensors", fix=fix, path=str(path))
-    tensors, metadata = read(place)
+    tensors, metadata = read(place, mapped=True)  # the model copies them
     if is_tagged(metadata):
         tensors = to_torch_names(model, tensors)
     return load_state_dict(model, tensors, strict=strict, rename=rename)
@@ -138,14 +138,20 @@ def save_safetensors(
 
 
 def read(
-    path: Location, *, key: str | None = None
+    path: Location, *, key: str | None = None, mapped: bool = False
 ) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
-    """Returns a file's tensors, with Flax's names if it has those, and its metadata."""
+    """Returns a file's tensors, with Flax's names if it has those, and its metadata.
+
+    Args:
+      path: as of :func:`read_tensors`.
+      key: as of :func:`read_tensors`.
+      mapped: whether safetensors may be read later, as they are used.
+    """
     place = _place(path)
     if place.name.endswith(_SAFE + _sharded.INDEX):
-        return _sharded.read(place)
+        return _sharded.read(place, mapped=mapped)
     if place.suffix == _SAFE:
-        return _safetensors.read(place)
+        return _safetensors.read(place, mapped=mapped)
     check(
         place.suffix in _PICKLED,
         f"a file of tensors must end in {_SAFE}, {_SAFE}{_sharded.INDEX}, {', '.join(_PICKLED)}",
