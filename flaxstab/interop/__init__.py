@@ -14,10 +14,14 @@ from flaxstab.interop._optimizer_state import (
 from flaxstab.interop._optimizer_state import optimizer_state_dict as optimizer_state_dict
 from flaxstab.interop._report import LoadEntry as LoadEntry
 from flaxstab.interop._report import LoadReport as LoadReport
+from flaxstab.interop._report import LoadWarning as LoadWarning
 from flaxstab.interop._report import Outcome as Outcome
 from flaxstab.interop._rules import register as register
+from flaxstab.interop._stacks import register_container as register_container
+from flaxstab.interop._stacks import register_stacked as register_stacked
 from flaxstab.interop._state_dict import load_state_dict as load_state_dict
-from flaxstab.interop._state_dict import named_modules as named_modules
 from flaxstab.interop._state_dict import state_dict as state_dict
 from flaxstab.interop._torch import to_numpy as to_numpy
 from flaxstab.interop._torch import to_tensors as to_tensors
+from flaxstab.interop._walk import as_is as as_is
+from flaxstab.interop._walk import named_modules as named_modules

@@ -6,9 +6,10 @@ import numpy as np
 from flax import nnx
 
 from flaxstab._checks import check
-from flaxstab.interop._entries import Layer, tensors_of
-from flaxstab.interop._report import LoadReport, Path, Rename, sort_out
-from flaxstab.interop._state_dict import walk
+from flaxstab.interop._entries import Layer, Leaf, Path, tensors_of
+from flaxstab.interop._matching import Rename, sort_out
+from flaxstab.interop._report import LoadReport
+from flaxstab.interop._walk import walk
 
 TAG = {"format": "flaxstab", "layout": "flax"}
 """The metadata of a file with Flax's names."""
@@ -32,7 +33,15 @@ def to_flax_names(
     found = sorted(walk(model), key=lambda walked: walked.again)
     names = {name if rename is None else rename(name): a.dtype for name, a in tensors.items()}
     loading = sort_out([_in_dtypes(w.layer, names) for w in found], tensors, rename)
-    return {_dotted(path): array for path, array in loading.values.items()}, loading.report
+    shapes = {path: v.shape for walked in found for path, v in walked.variables.items()}
+    arrays: dict[str, np.ndarray] = {}
+    for (path, at), array in loading.values.items():
+        if at:  # one layer of a stack
+            whole = arrays.setdefault(_dotted(path), np.zeros(shapes[path], array.dtype))
+            whole[at] = array
+        else:
+            arrays[_dotted(path)] = array
+    return arrays, loading.report
 
 
 def to_torch_names(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -41,12 +50,8 @@ def to_torch_names(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> dict[
     Raises:
       ValueError: if the model has other paths or shapes.
     """
-    layers = [found.layer for found in walk(model) if not found.again]
-    wanted = {
-        _dotted(layer.paths[name]): value.shape
-        for layer in layers
-        for name, value in layer.values.items()
-    }
+    found = [walked for walked in walk(model) if not walked.again]
+    wanted = {_dotted(path): v.shape for walked in found for path, v in walked.variables.items()}
     given = {name: array.shape for name, array in arrays.items()}
     odd = sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n))
     check(
@@ -56,10 +61,17 @@ def to_torch_names(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> dict[
         odd=odd[:3],
         number=len(odd),
     )
-    return tensors_of(
-        layer._replace(values={n: arrays[_dotted(layer.paths[n])] for n in layer.values})
-        for layer in layers
-    )
+    return tensors_of(_holding(walked.layer, arrays) for walked in found)
+
+
+def _holding(layer: Layer, arrays: Mapping[str, np.ndarray]) -> Layer:
+    """Returns a layer with values from elsewhere."""
+
+    def leaf(name: str) -> Leaf:
+        array = arrays[_dotted(layer.paths[name])][layer.at]
+        return Leaf(array.shape, array.dtype, lambda: array)
+
+    return layer._replace(values={name: leaf(name) for name in layer.values})
 
 
 def _in_dtypes(layer: Layer, dtypes: Mapping[str, np.dtype]) -> Layer:
@@ -68,7 +80,7 @@ def _in_dtypes(layer: Layer, dtypes: Mapping[str, np.dtype]) -> Layer:
     for entry in layer.entries:
         kind, *others = {dtypes.get(layer.prefix + name) for name in entry.tensors}
         if kind is not None and not others:
-            values |= {v: values[v].astype(kind) for v in entry.variables}
+            values |= {v: values[v]._replace(dtype=kind) for v in entry.variables}
     return layer._replace(values=values)
 
 
