@@ -26,9 +26,7 @@ CLASSES = 7
 @pytest.fixture(scope="module")
 def resnet() -> Tensors:
     """ResNet-18's tensors, every one different, as torchvision names them."""
-    names = interop.state_dict(
-        _convert._promised(lambda: models.resnet18(CLASSES, rngs=nnx.Rngs(0)))
-    )
+    names = interop.state_dict(nnx.eval_shape(lambda: models.resnet18(CLASSES, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     return {n: rng.normal(1.0, 2.0, a.shape).astype(a.dtype) for n, a in names.items()}
 
@@ -72,7 +70,7 @@ def test_flax_layout_is_that_of_the_models_variables(resnet: Tensors, tmp_path: 
     assert convert(given, flax, *RESNET, "--layout", "flax") == 0
     with safetensors.safe_open(flax, "np") as file:
         assert file.metadata() == {"format": "flaxstab", "layout": "flax"}
-    model = _convert._promised(lambda: models.resnet18(CLASSES, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: models.resnet18(CLASSES, rngs=nnx.Rngs(0)))
     found = safetensors.numpy.load_file(flax)
     state = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
     assert {n: a.shape for n, a in found.items()} == {
@@ -108,7 +106,7 @@ def timm_name(name: str) -> str:
 
 
 def test_a_vit_with_timms_names_gets_those_of_the_model(tmp_path: Path) -> None:
-    model = _convert._promised(lambda: models.vit_tiny_patch16_224(CLASSES, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: models.vit_tiny_patch16_224(CLASSES, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     ours = {
         n: rng.normal(size=a.shape).astype(np.float32) for n, a in interop.state_dict(model).items()

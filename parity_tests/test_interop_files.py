@@ -113,6 +113,16 @@ def test_a_model_goes_out_to_torch_and_back(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}  # without it transformers refuses a file
 
 
+def test_the_model_does_not_share_memory_with_the_file(tmp_path: Path) -> None:
+    source, model = Two(), Two(1)
+    path = interop.save_safetensors(source, tmp_path / "a.safetensors")
+    interop.load_safetensors(model, path)
+    with path.open("r+b") as file:
+        file.seek(_safetensors.read_header(path).start)
+        file.write(b"\1" * 136)
+    assert same(interop.state_dict(model), interop.state_dict(source))
+
+
 def test_options_are_those_of_load_state_dict(tmp_path: Path) -> None:
     path, model = tmp_path / "a.safetensors", Two()
     tensors = {f"module.{n}": t for n, t in torch_two().state_dict().items() if "bias" not in n}
