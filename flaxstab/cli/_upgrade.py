@@ -88,7 +88,7 @@ def run(given: argparse.Namespace) -> int:
 
 def _check(given: argparse.Namespace, pins: Mapping[str, str]) -> None:
     """Raises a ``ValueError`` for what cannot be carried out."""
-    now = packages()
+    now = {**packages(), **installed()}
     if all(version and version == (now.get(name) or "").partition("+")[0]
            for name, version in pins.items()):  # fmt: skip
         raise ValueError(f"to must name a version that is not installed, got {given.to!r}.")
