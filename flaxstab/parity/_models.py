@@ -33,6 +33,7 @@ from flaxstab.parity._verdict import (
     excused,
     judge_numerics,
     judge_semantics,
+    of_cancelling,
     repeated_draws,
     the_wrong_one,
     unit_of_worst,
@@ -331,6 +332,8 @@ class Pair:
             unit, oracle = sensitivities[name], exact.ours[name]
             if name.startswith("grad ") and vanishes(oracle, magnitudes[name], jnp.dtype(dtype)):
                 unit = np.maximum(unit, magnitudes[name])
+            if self._torch.recorded:  # no other inputs can be tried, as _numerics does
+                unit = of_cancelling(name, unit, oracle, magnitudes[name], dtype)
             units[name] = unit
         return _Low(ours, theirs, units)
 

@@ -260,6 +260,27 @@ def vanishes(oracle: np.ndarray, magnitude: np.ndarray, dtype: np.dtype) -> bool
     return bool(largest(oracle) <= CANCELLED * float(jnp.finfo(dtype).eps) * common)
 
 
+def of_cancelling(
+    name: str, unit: np.ndarray, oracle: np.ndarray, magnitude: np.ndarray, dtype: DTypeLike
+) -> np.ndarray:
+    """Returns units in which each element of a gradient that vanishes is judged by its terms.
+
+    Attention's packed bias has such elements among others: those of the keys, which softmax does
+    not see. Which side is further off there is chance.
+
+    Args:
+      name: of the quantity; all but gradients keep their units.
+      unit: of the quantity, or of each element.
+      oracle: the float64 value.
+      magnitude: M of the quantity, or of each element.
+      dtype: the precision judged.
+    """
+    if not name.startswith("grad "):
+        return unit
+    gone = np.abs(oracle) <= CANCELLED * float(jnp.finfo(dtype).eps) * np.asarray(magnitude)
+    return np.where(gone, np.maximum(unit, magnitude), unit)
+
+
 def excused(finding: Finding, spread: np.ndarray, unit: np.ndarray) -> bool:
     """Whether a side's error is within twice what rounding every operation does."""
     errors = max(finding.jax_error, finding.torch_error)
