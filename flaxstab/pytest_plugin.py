@@ -10,6 +10,8 @@ import pytest
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
+    from flax import nnx
 
     from flaxstab._typing import DTypeLike, PyTree
     from flaxstab.parity import Report, Tolerance, TrainStep
@@ -44,6 +46,33 @@ class Parity:
             lambda: parity.compare(
                 flax_side, torch_side, *inputs, layout=layout, weights=weights, rename=rename,
                 dtypes=dtypes, witness=witness, tolerances=tolerances, seed=seed,
+            )
+        )  # fmt: skip
+
+    def verify(
+        self,
+        flax_model: "nnx.Module",
+        torch_model: "torch.nn.Module",
+        *inputs: "np.ndarray",
+        layout: Literal["image"] | None = None,
+        rename: Callable[[str], str] | None = None,
+        dtypes: "Sequence[DTypeLike]" = ("float32",),
+        tolerances: "Sequence[Tolerance]" = (),
+        seed: int = 0,
+    ) -> "Report":
+        """Loads PyTorch's weights into the Flax model, and fails the test if the two differ.
+
+        The arguments are those of :func:`flaxstab.parity.verify`.
+
+        Returns:
+          The report of a comparison that passed.
+        """
+        from flaxstab import parity
+
+        return _passed(
+            lambda: parity.verify(
+                flax_model, torch_model, *inputs, layout=layout, rename=rename,
+                dtypes=dtypes, tolerances=tolerances, seed=seed,
             )
         )  # fmt: skip
 

@@ -13,7 +13,11 @@ from flaxstab import attention, dropout, interop, linear, norms
 from flaxstab.interop import _entries, _rules
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same
+from parity_tests.support.twin_options import OPTIONS
 from parity_tests.support.twins import EXACT, LAYERS, R, Row, T
+
+MAKERS = EXACT | OPTIONS
+OURS = {name: row.ours for name, row in LAYERS.items()} | {n: o for n, (o, _) in OPTIONS.items()}
 
 
 def shuffled(module: T.Module, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -27,7 +31,7 @@ def shuffled(module: T.Module, seed: int = 1) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("ours", "theirs"), EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize(("ours", "theirs"), MAKERS.values(), ids=MAKERS)
 def test_a_round_trip_gives_back_every_bit_under_torchs_names(
     ours: Callable[[], nnx.Module], theirs: Callable[[], T.Module]
 ) -> None:
@@ -54,7 +58,7 @@ def _variables(model: nnx.Module) -> dict[tuple[object, ...], np.ndarray]:
     return {path: np.asarray(variable[...]) for path, variable in state}
 
 
-@pytest.mark.parametrize("ours", [row.ours for row in LAYERS.values()], ids=LAYERS)
+@pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
 def test_the_way_out_and_in_gives_back_every_bit(ours: Callable[[], nnx.Module]) -> None:
     source, target = ours(), ours()
     drawn = nnx.to_flat_state(nnx.state(source, nnx.Not(nnx.RngState)))

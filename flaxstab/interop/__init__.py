@@ -23,5 +23,8 @@ from flaxstab.interop._state_dict import load_state_dict as load_state_dict
 from flaxstab.interop._state_dict import state_dict as state_dict
 from flaxstab.interop._torch import to_numpy as to_numpy
 from flaxstab.interop._torch import to_tensors as to_tensors
+from flaxstab.interop._torch_twin import Converter as Converter
+from flaxstab.interop._torch_twin import from_torch as from_torch
+from flaxstab.interop._torch_twin import register_twin as register_twin
 from flaxstab.interop._walk import as_is as as_is
 from flaxstab.interop._walk import named_modules as named_modules

@@ -54,7 +54,7 @@ class Naming:
                 paths = [layer.paths[name] for name in entry.variables]
                 if all(path in flat for path in paths):
                     move = entry.gradient if gradients and entry.gradient else entry.to_torch
-                    arrays = move(tuple(flat[path][layer.at] for path in paths))
+                    arrays = move(tuple(flat[path][(*layer.at, ...)] for path in paths))
                     names = (layer.prefix + name for name in entry.tensors)
                     found |= dict(zip(names, arrays, strict=True))
         return found

@@ -112,7 +112,7 @@ def _joined(
         if sum(array.size for array in by_index.values()) < whole.size:
             whole[...] = np.asarray(variable[...])
         for index, array in by_index.items():
-            _copy(whole[index] if index else whole, array)
+            _copy(whole[(*index, ...)], array)
         copies.append(whole)
     # JAX may share these copies' memory. The tensors' own would change under the model: torch
     # changes them in place (test_the_model_does_not_share_memory_with_the_state_dict).

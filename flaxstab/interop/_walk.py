@@ -154,7 +154,9 @@ class _Walk:
         order = sorted(places, key=lambda place: not place.rank_known)
         found = {place.path: [*self._layers(place)] for place in order}
         self._check_carried(place for place in places)
-        return [walked for place in places for walked in found[place.path]]
+        walked = [one for place in places for one in found[place.path]]
+        stacked = any(one.layer.at for one in walked)
+        return sorted(walked, key=_order) if stacked else walked
 
     def _ruled(self) -> Iterator[tuple[Path, Rule]]:
         """Yields the modules with a rule that are not parts of another one with a rule."""
@@ -334,7 +336,7 @@ def _layer(place: _Place, address: Address, paths: Mapping[str, Path], readers: 
 
     def leaf(name: str) -> Leaf:
         variable = place.held[name]
-        return Leaf(variable.shape[len(at) :], variable.dtype, lambda: readers[name]()[at])
+        return Leaf(variable.shape[len(at) :], variable.dtype, lambda: readers[name]()[(*at, ...)])
 
     values = {name: leaf(name) for name in place.held}
     prefix = f"{address.name}." if address.name else ""
@@ -352,6 +354,12 @@ def _one_of(place: _Place, at: tuple[int, ...]) -> nnx.Module:
         if isinstance(value, nnx.Variable):
             setattr(one, name, type(value)(jnp.asarray(value[...])[at]))
     return one
+
+
+def _order(walked: Walked) -> tuple[tuple[bool, int, str], ...]:
+    """Orders the layers of a stack as a list of blocks has them."""
+    names = walked.layer.prefix.split(".")
+    return _sort_key(tuple(int(name) if name.isdecimal() else name for name in names))
 
 
 def _sort_key(path: Path) -> tuple[tuple[bool, int, str], ...]:

@@ -7,6 +7,9 @@ from flaxstab.parity._distance import distance as distance
 from flaxstab.parity._distance import model_distances as model_distances
 from flaxstab.parity._evidence import Budget as Budget
 from flaxstab.parity._evidence import Evidence as Evidence
+from flaxstab.parity._layers import LayerError as LayerError
+from flaxstab.parity._layers import Location as Location
+from flaxstab.parity._locate import locate as locate
 from flaxstab.parity._magnitude import magnitude as magnitude
 from flaxstab.parity._magnitude import sensitivity as sensitivity
 from flaxstab.parity._program import Linen as Linen
@@ -23,3 +26,4 @@ from flaxstab.parity._steps import TrainStep as TrainStep
 from flaxstab.parity._steps import trajectory as trajectory
 from flaxstab.parity._verdict import Finding as Finding
 from flaxstab.parity._verdict import Verdict as Verdict
+from flaxstab.parity._verify import verify as verify

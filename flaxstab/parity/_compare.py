@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -13,14 +12,13 @@ from flaxstab._typing import DTypeLike, PyTree
 from flaxstab.parity._inputs import Layout
 from flaxstab.parity._models import Pair, Weights
 from flaxstab.parity._optimizers import compare_optimizers
+from flaxstab.parity._options import check_dtypes, check_options
 from flaxstab.parity._report import Report, Tolerance, check_tolerances
 from flaxstab.parity._steps import TrainStep, ten_batches, trajectory
 from flaxstab.parity._torch_side import Rename
 
 if TYPE_CHECKING:
     import torch
-
-_LOW = ("float32", "bfloat16", "float16")
 
 
 def compare(
@@ -89,13 +87,8 @@ def compare(
       P. Micikevicius et al., "Mixed Precision Training", 2018, arXiv:1710.03740, for what is
       kept in float32; D. S. Parker, "Monte Carlo Arithmetic", 1997, for the magnitude.
     """
-    _check_options(layout, weights, dtypes)
-    check(
-        rename is None or callable(rename),
-        "rename must be a function of names",
-        rename=rename,
-        fix="Of a dict d pass lambda name: d.get(name, name).",
-    )
+    check_options(layout, weights, rename)
+    check_dtypes(dtypes)
     kinds = [str(interop.to_numpy(a).dtype) for a in inputs]
     fix = "Compare real and imaginary parts, as functions of both."
     check(
@@ -118,22 +111,6 @@ def compare(
         layout=layout, weights=weights, rename=rename, witness=witness,
     )  # fmt: skip
     return pair.judge(arrays, dtypes=dtypes, tolerances=allowed, seed=seed)
-
-
-def _check_options(layout: Layout, weights: Weights, dtypes: Sequence[DTypeLike]) -> None:
-    check(layout in ("image", None), "layout must be 'image' or None", layout=layout)
-    rule = "weights must be 'torch', 'flax' or None"
-    check(weights in ("torch", "flax", None), rule, weights=weights)
-    rule = f"dtypes must be a sequence of {', '.join(_LOW)}"
-    check(isinstance(dtypes, Sequence) and not isinstance(dtypes, str), rule, dtypes=dtypes)
-    check(all(_name(kind) in _LOW for kind in dtypes), rule, dtypes=dtypes)
-
-
-def _name(kind: DTypeLike) -> str:
-    try:
-        return jnp.dtype(kind).name
-    except TypeError:
-        return ""
 
 
 def _both_steps(torch_side: object, witness: object) -> tuple[TrainStep, TrainStep | None]:

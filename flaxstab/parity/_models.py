@@ -1,5 +1,6 @@
 """Compares two models or functions: semantics in float64, numerics against it."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from flaxstab._checks import check
 from flaxstab._typing import DTypeLike
 from flaxstab.parity._flax_side import FlaxSide
 from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest, own_rng, round_to
+from flaxstab.parity._locator import Locator
 from flaxstab.parity._precision import Precision
 from flaxstab.parity._program import NNXProgram, Program, program
 from flaxstab.parity._replay import check_silent
@@ -23,11 +25,14 @@ from flaxstab.parity._verdict import (
     Finding,
     Side,
     Verdict,
+    by_chance,
     differ,
+    excused,
     judge_numerics,
     judge_semantics,
     repeated_draws,
     the_wrong_one,
+    vanishes,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +40,6 @@ if TYPE_CHECKING:
 
 _PASSED_ON = ("output", "evaluation", "grad input")  # what the next layer sees the dtype of
 _REDRAWS = 2
-CANCELLED = 16.0  # eps of its terms: of a gradient that is smaller, at most one digit is left
 
 Weights = Literal["torch", "flax"] | None
 
@@ -91,9 +95,7 @@ class Pair:
         seed: int = 0,
     ) -> Report:
         """Compares both sides on some inputs; see :func:`compare`."""
-        rng = own_rng(seed)
-        cotangents = {name: rng.normal(size=shape) for name, shape in self._shapes.items()}
-        fed = Inputs(tuple(inputs), cotangents, self._layout)
+        fed = self.fed(inputs, seed)
         kinds = [jnp.dtype(kind) for kind in dtypes]
         for kind in kinds:
             _check_range(fed.arrays, kind)
@@ -115,7 +117,40 @@ class Pair:
             t for t in tolerances if not any(fnmatchcase(f.name, t.pattern) for f in findings)
         )
         notes += [f"the tolerance for {t.pattern!r} (no quantity has such a name)" for t in unused]
-        return Report(tuple(findings), tuple(notes), tolerances, pinned=self._program.pinned())
+        where = functools.cache(lambda: self.locator(fed).locate(free=False, stop=True))
+        return Report(
+            tuple(findings), tuple(notes), tolerances,
+            pinned=self._program.pinned(), where=where if self._layered() else None,
+        )  # fmt: skip
+
+    def fed(self, inputs: Sequence[np.ndarray], seed: int) -> Inputs:
+        """Returns what both sides are fed: the inputs, and cotangents of the outputs."""
+        rng = own_rng(seed)
+        cotangents = {name: rng.normal(size=shape) for name, shape in self._shapes.items()}
+        return Inputs(tuple(inputs), cotangents, self._layout)
+
+    def _layered(self) -> bool:
+        """Whether there are layers, on both sides, that one may look at."""
+        module = self._torch.module
+        layers = module is not None and next(module.children(), None) is not None
+        return layers and isinstance(self._program, NNXProgram)
+
+    def locator(self, fed: Inputs, dtype: DTypeLike = np.float64) -> Locator:
+        """Returns what compares both models layer by layer.
+
+        Args:
+          fed: what both are given.
+          dtype: see :func:`locate`.
+
+        Raises:
+          ValueError: if a side is no module of layers.
+        """
+        if not isinstance(self._program, NNXProgram) or self._torch.module is None:
+            raise ValueError(
+                "layers are found in an nnx.Module and a torch.nn.Module, got another kind of "
+                "side. Compare these as a whole, with parity.compare."
+            )
+        return Locator(self._program, self._torch, fed, dtype)
 
     def _exact(self, fed: Inputs, stored: DTypeLike) -> "_Exact":
         """Runs both sides in float64 on numbers rounded to a dtype."""
@@ -196,8 +231,7 @@ class Pair:
             again, _ = self._numerics_once(other, dtype, magnitudes, tolerances)
             verdicts = {f.name: f.verdict for f in again}
             findings = [
-                f if not f.side or verdicts[f.name] is f.verdict else _by_chance(f)
-                for f in findings
+                f if not f.side or verdicts[f.name] is f.verdict else by_chance(f) for f in findings
             ]
         if jnp.finfo(dtype).bits == 16 and any(f.side for f in findings):
             findings = self._within_spread(findings, units, exact, dtype)
@@ -221,7 +255,7 @@ class Pair:
         kind = Verdict.ILL_CONDITIONED
         return [
             f._replace(verdict=kind, side="", explanation=words)
-            if f.side and _excused(f, spreads[f.name], units[f.name])
+            if f.side and excused(f, spreads[f.name], units[f.name])
             else f
             for f in findings
         ]
@@ -266,7 +300,7 @@ class Pair:
             # Each side is held to its own float64 result: what programs mean is judged already.
             sides, oracles = (ours[name], theirs[name]), (exact.ours[name], exact.theirs[name])
             factor, unit = factor_of(name, tolerances), sensitivities[name]
-            if name.startswith("grad ") and _vanishes(oracles[0], magnitudes[name], kind):
+            if name.startswith("grad ") and vanishes(oracles[0], magnitudes[name], kind):
                 unit = np.maximum(unit, magnitudes[name])
             units[name] = unit
             findings.append(
@@ -315,29 +349,6 @@ def carry(flax: Program, torch_side: TorchSide, weights: Weights) -> tuple[str, 
 def _has_stock_dropout(model: nnx.Module) -> bool:
     modules = (module for _, module in nnx.iter_modules(model))
     return any(isinstance(module, nnx.Dropout) and module.rate > 0 for module in modules)
-
-
-def _vanishes(oracle: np.ndarray, magnitude: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether a gradient is what is left of terms that cancel, down to the last digit of a dtype.
-
-    Batch normalisation of two samples has such gradients; a poor algorithm shows in the output.
-    """
-    common = float(magnitude.min(initial=np.inf))
-    return bool(largest(oracle) <= CANCELLED * float(jnp.finfo(dtype).eps) * common)
-
-
-def _excused(finding: Finding, spread: np.ndarray, unit: np.ndarray) -> bool:
-    """Whether a side's error is within twice what rounding every operation does."""
-    errors = max(finding.jax_error, finding.torch_error)
-    return errors * float(unit.max(initial=0)) <= 2 * float(spread.max(initial=0))
-
-
-def _by_chance(finding: Finding) -> Finding:
-    words = (
-        "larger than the bound on these inputs and not on others nearby: a value on a kink "
-        "(ReLU, max) or chance in the last digit"
-    )
-    return finding._replace(verdict=Verdict.ILL_CONDITIONED, side="", explanation=words)
 
 
 def _other_dtype(name: str, kind: str, ours: np.ndarray, theirs: np.ndarray) -> Finding | None:
