@@ -26,7 +26,9 @@ CLASSES = 7
 @pytest.fixture(scope="module")
 def resnet() -> Tensors:
     """ResNet-18's tensors, every one different, as torchvision names them."""
-    names = interop.state_dict(nnx.eval_shape(lambda: models.resnet18(CLASSES, rngs=nnx.Rngs(0))))
+    names = interop.state_dict(
+        _convert._promised(lambda: models.resnet18(CLASSES, rngs=nnx.Rngs(0)))
+    )
     rng = np.random.default_rng(0)
     return {n: rng.normal(1.0, 2.0, a.shape).astype(a.dtype) for n, a in names.items()}
 
@@ -70,7 +72,7 @@ def test_flax_layout_is_that_of_the_models_variables(resnet: Tensors, tmp_path: 
     assert convert(given, flax, *RESNET, "--layout", "flax") == 0
     with safetensors.safe_open(flax, "np") as file:
         assert file.metadata() == {"format": "flaxstab", "layout": "flax"}
-    model = nnx.eval_shape(lambda: models.resnet18(CLASSES, rngs=nnx.Rngs(0)))
+    model = _convert._promised(lambda: models.resnet18(CLASSES, rngs=nnx.Rngs(0)))
     found = safetensors.numpy.load_file(flax)
     state = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
     assert {n: a.shape for n, a in found.items()} == {
@@ -85,7 +87,17 @@ def test_flax_layout_is_that_of_the_models_variables(resnet: Tensors, tmp_path: 
         interop.read_tensors(flax)
 
 
-def test_checkpoints_and_shards_are_read(resnet: Tensors, tmp_path: Path) -> None:
+def test_a_table_has_a_line_for_every_tensor(
+    resnet: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "a.safetensors"
+    _safetensors.write(given, resnet, {})
+    assert convert(given, tmp_path / "b.safetensors", *RESNET, "--table") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("loaded ") for line in lines) == len(resnet)
+
+
+def test_a_checkpoints_entry_is_read(resnet: Tensors, tmp_path: Path) -> None:
     given, out = tmp_path / "a.pth", tmp_path / "b.safetensors"
     torch.save({"model": interop.to_tensors(resnet), "ema": {"x": torch.ones(1)}}, given)
     assert convert(given, out, *RESNET, "--key", "model", "--check") == 0
@@ -106,7 +118,7 @@ def timm_name(name: str) -> str:
 
 
 def test_a_vit_with_timms_names_gets_those_of_the_model(tmp_path: Path) -> None:
-    model = nnx.eval_shape(lambda: models.vit_tiny_patch16_224(CLASSES, rngs=nnx.Rngs(0)))
+    model = _convert._promised(lambda: models.vit_tiny_patch16_224(CLASSES, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     ours = {
         n: rng.normal(size=a.shape).astype(np.float32) for n, a in interop.state_dict(model).items()

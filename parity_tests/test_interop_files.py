@@ -195,6 +195,22 @@ def test_an_older_file_of_torch_is_read(tmp_path: Path) -> None:
     assert same(interop.read_tensors(path), {n: t.numpy() for n, t in tensors.items()})
 
 
+class Flat(nnx.Module):
+    def __init__(self, seed: int) -> None:
+        self.head = linear.Linear(2 * 3 * 4, 5, rngs=nnx.Rngs(seed))
+
+
+def test_flattened_images_are_written_and_read_channels_first(tmp_path: Path) -> None:
+    source, target, flattened = Flat(0), Flat(1), {"head": (2, 3, 4)}
+    path = tmp_path / "a.safetensors"
+    interop.save_safetensors(source, path, flattened=flattened)
+    plain = interop.state_dict(source)
+    assert same(interop.read_tensors(path), interop.state_dict(source, flattened=flattened))
+    assert not np.array_equal(interop.read_tensors(path)["head.weight"], plain["head.weight"])
+    interop.load_safetensors(target, path, flattened=flattened)
+    assert same(interop.state_dict(target), plain)
+
+
 # Refusals. Each writer gets a folder and returns the path that is asked for.
 
 

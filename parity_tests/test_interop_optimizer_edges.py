@@ -235,10 +235,61 @@ def test_half_a_packed_tensor_is_refused() -> None:
     names = [name for name, _ in T.MultiheadAttention(4, 2).named_parameters()]
     frozen = optim.select(model, nnx.PathContains("query"))
     fresh = optim.freeze(optim.adamw(), frozen).init(params_of(model))
-    with pytest.raises(ValueError, match="keeps in one tensor must have the same moments"):
+    with pytest.raises(ValueError, match="one array on either side must have the same moments"):
         interop.optimizer_state_dict(
             fresh, model, param_groups=[{"params": [0, 1, 2, 3]}], names=names
         )
+
+
+class Stacked(nnx.Module):
+    def __init__(self) -> None:
+        make = nnx.vmap(lambda rngs: linear.Linear(2, 3, bias=False, rngs=rngs))
+        self.layers = make(nnx.Rngs(0).split(4))
+
+
+STACK = [f"layers.{i}.weight" for i in range(4)]
+
+
+def stack_state(*steps: int) -> StateDict:
+    def entry(i: int, step: int) -> dict[str, object]:
+        moments = np.arange(12.0).reshape(2, 3, 2).astype(np.float32) + 12 * i
+        return {"step": np.float32(step), "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+
+    groups = [{"params": [*range(len(steps))], "param_names": STACK[: len(steps)]}]
+    return {"state": {i: entry(i, n) for i, n in enumerate(steps)}, "param_groups": groups}
+
+
+def test_a_stack_of_layers_has_the_state_of_each() -> None:
+    model, given = Stacked(), stack_state(5, 5, 5, 5)
+    fresh = optim.adamw(own_steps=True).init(params_of(model))
+    found = interop.load_optimizer_state_dict(fresh, model, given)
+    for i in range(4):
+        assert np.array_equal(found.mu["layers"]["kernel"][i].T, given["state"][i]["exp_avg"])
+        assert np.array_equal(found.nu["layers"]["kernel"][i].T, given["state"][i]["exp_avg_sq"])
+    back = interop.optimizer_state_dict(found, model, param_groups=given["param_groups"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, back["state"], given["state"]))
+    with pytest.raises(ValueError, match=r"got left_out=\['layers.kernel'\]"):
+        interop.load_optimizer_state_dict(fresh, model, stack_state(5, 5, 5))
+    with pytest.raises(ValueError, match="one array on either side must have the same step numb"):
+        interop.load_optimizer_state_dict(fresh, model, stack_state(5, 5, 4, 5))
+
+
+class Flat(nnx.Module):
+    def __init__(self) -> None:
+        self.head = linear.Linear(2 * 3 * 4, 5, bias=False, rngs=nnx.Rngs(0))
+
+
+def test_moments_of_flattened_images_go_the_way_of_the_weights() -> None:
+    model, flattened = Flat(), {"head": (2, 3, 4)}
+    given = np.arange(120.0, dtype=np.float32).reshape(5, 24)
+    fresh = optim.sgd(momentum=0.9).init(params_of(model))
+    options = {"names": ["head.weight"], "flattened": flattened}
+    found = interop.load_optimizer_state_dict(fresh, model, of_gain(given), count=1, **options)
+    interop.load_state_dict(model, {"head.weight": given}, flattened=flattened)
+    assert np.array_equal(found.trace["head"]["kernel"], model.head.kernel[...])
+    assert not np.array_equal(found.trace["head"]["kernel"], given.T)
+    back = interop.optimizer_state_dict(found, model, param_groups=[{"params": [0]}], **options)
+    assert np.array_equal(back["state"][0]["momentum_buffer"], given)
 
 
 def change(function: Callable[[StateDict], object]) -> StateDict:

@@ -139,7 +139,19 @@ def _model(given: argparse.Namespace, tensors: "Tensors", rename: "Rename") -> "
             )
         classes = len(biases[0])
     make: Callable[..., nnx.Module] = getattr(models, given.model)
-    model: nnx.Module = nnx.eval_shape(lambda: make(classes, rngs=nnx.Rngs(0)))
+    return _promised(lambda: make(classes, rngs=nnx.Rngs(0)))
+
+
+def _promised(make: "Callable[[], nnx.Module]") -> "nnx.Module":
+    """Returns a model that nothing was drawn for: all its numbers are one 0."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    model: nnx.Module = nnx.eval_shape(make)
+    promised = nnx.state(model, nnx.Not(nnx.RngState))
+    zeros = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), promised)
+    nnx.update(model, zeros)
     return model
 
 

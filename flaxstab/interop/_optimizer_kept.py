@@ -58,7 +58,7 @@ class Kept:
     def of(self, group: Group) -> dict[str, tuple[np.ndarray, ...]]:
         """Returns what is kept of a group of parameters, by torch's names."""
         return {
-            key: tuple(self.arrays[key][path][group.at] for path in group.paths)
+            key: tuple(self.arrays[key][path][(*group.at, ...)] for path in group.paths)
             for key in self.keys(group.paths[0])
         }
 
