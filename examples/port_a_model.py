@@ -26,7 +26,7 @@ from torch_ref.resnet import ResNet as TorchResNet
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-LAYERS, WIDTH, CLASSES, BATCH = (1, 1, 1), 8, 10, 64
+LAYERS, WIDTH, CLASSES, BATCH = (1, 1), 8, 10, 64
 RATE, DECAY = 3e-3, 0.05
 LOCATED = (4, 12, 12, 3)  # the images on which layers are compared
 NEAR = 0.1  # of the distance without moments: how far JAX with them may be from PyTorch

@@ -317,6 +317,7 @@ REASONS: dict[str, str] = {
     "LSTM": "its twin is nnx.RNN around nnx.OptimizedLSTMCell, which load_state_dict fills",
     "RNN": "its twin is nnx.RNN around nnx.SimpleCell, which load_state_dict fills",
     "GRU": "nnx.GRUCell has no bias inside the reset gate",
+    "ResNet": "it has a forward of its own; flaxstab.models, once imported, knows torchvision's",
     "TransformerEncoder": "it is a loop over its layers, which have twins",
     "TransformerDecoder": "it is a loop over its layers, which have twins",
 }
