@@ -16,11 +16,11 @@ in evaluation. Here the weights are loaded, and checked:
 - round trip: what flaxstab writes back is the same, bit by bit;
 - logits and gradients in float32: their distance from PyTorch's float64, over that of its own
   float32. Logits: the root mean square, at most 2; and the largest element, at most twice PyTorch's
-  plus 2 eps of the largest logit (chance in the last digit: one element of 2,000 has a ratio of up
-  to 2.5). Gradients: the root mean square over all parameters, at most 2; and the tensors whose largest error is above twice PyTorch's plus 2 eps of
-  the tensor's largest value. In float32 a value may round to the other side of ReLU's kink, on
-  either side, and change every gradient below it: where gradients fail, other images are drawn, up
-  to twice, and the row says how often;
+  plus 2 eps of the largest logit (one element of 2,000 is a matter of chance). Gradients: the root
+  mean square over all parameters, at most 2; and how many tensors' largest error is above twice
+  PyTorch's plus 2 eps of the tensor's largest value. In float32 a value may round to the other side
+  of ReLU's kink, on either side, and change every gradient below it: where gradients fail, other
+  images are drawn, up to twice, and the row says how often;
 - float64: the largest distance over the largest value (of logits; of the worst gradient), at most
   1e-12: the same program.
 

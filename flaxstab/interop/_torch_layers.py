@@ -209,7 +209,7 @@ def _transformer_layer(make: Callable[..., nnx.Module]) -> Callable[[Part], nnx.
 
 def _applied(*options: str) -> Callable[[Part], nnx.Module]:
     def build(part: Part) -> nnx.Module:
-        m, found = part.module, {}
+        m, found = part.module, dict[str, object]()
         for option in options:
             value = getattr(m, option)
             found[option] = tuple(value) if isinstance(value, list | tuple) else value

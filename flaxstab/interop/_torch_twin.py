@@ -214,12 +214,13 @@ class Converter:
         return _Built(nnx.List(twins.values()) if is_list else nnx.Dict(twins), None, None)
 
     def _sequential(self, children: "dict[str, torch.nn.Module]", start: Place) -> _Built:
-        place, parts, moves = start, {}, []
+        place, moves = start, list[Place | None]()
+        parts: dict[str, nnx.Module] = {}
         for name, child in children.items():
             built = self._part(child, place)
-            stays = built.takes in (None, place) or place == "flat"
-            moves.append(None if stays else built.takes)
-            place = built.gives or (place if stays else built.takes)
+            before = None if place == "flat" or built.takes == place else built.takes
+            moves.append(before)
+            place = built.gives or before or place
             parts[name] = built.module
         return _Built(in_order(parts, moves, None), None, place)
 
