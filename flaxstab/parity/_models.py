@@ -13,6 +13,7 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import DTypeLike
+from flaxstab.parity._alone import Programs
 from flaxstab.parity._carry import Weights, carry
 from flaxstab.parity._flax_side import FlaxSide
 from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest, own_rng
@@ -86,6 +87,8 @@ class Pair:
         if self._witness is not None:
             self._witness.load(self._torch.tensors() if self._witness.module is not None else {})
         made = self._program
+        self.programs = Programs()  # of layers, alone
+        self.magnitudes: Values | None = None  # if they are known from a pair like this one
         self._drawing = made.module if isinstance(made, NNXProgram) else None
         if self._drawing is None and self._torch.module is not None:
             check_silent(self._torch.module)
@@ -102,7 +105,9 @@ class Pair:
         fed = self.fed(inputs, seed)
         kinds, stored = lower(fed.arrays, dtypes)
         exact = self._exact(fed, stored)
-        magnitudes = self._flax.magnitudes(exact.fed, exact.ours, exact.precision)
+        magnitudes = self.magnitudes or self._flax.magnitudes(
+            exact.fed, exact.ours, exact.precision
+        )
         findings = self._semantics(exact, magnitudes, tolerances)
         for kind in kinds:
             oracle = exact if kind == stored else self._exact(fed, kind)
@@ -129,6 +134,22 @@ class Pair:
         cotangents = {name: rng.normal(size=shape) for name, shape in self._shapes.items()}
         return Inputs(tuple(inputs), cotangents, self._layout)
 
+    @property
+    def torch_module(self) -> "torch.nn.Module":
+        """PyTorch's module, the copy that is run.
+
+        Raises:
+          ValueError: if that side is a function.
+        """
+        if self._torch.module is None:
+            raise ValueError("torch_side must be a module here, got a function.")
+        return self._torch.module
+
+    def measured(self, inputs: Sequence[np.ndarray], seed: int) -> Values:
+        """Returns the magnitudes of what :meth:`judge` compares without lower precisions."""
+        exact = self._exact(self.fed(inputs, seed), np.float64)
+        return self._flax.magnitudes(exact.fed, exact.ours, exact.precision)
+
     def _layered(self) -> bool:
         """Whether there are layers, on both sides, that one may look at."""
         module = self._torch.module
@@ -150,7 +171,7 @@ class Pair:
                 "layers are found in an nnx.Module and a torch.nn.Module, got another kind of "
                 "side. Compare these as a whole, with parity.compare."
             )
-        return Locator(self._program, self._torch, fed, dtype)
+        return Locator(self._program, self._torch, fed, dtype, self.programs)
 
     def sides(self) -> "tuple[nnx.Module | None, torch.nn.Module | None]":
         """Returns both sides with the weights that they are compared with; None for functions."""
