@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from flaxstab._checks import check
+from flaxstab._typing import PyTree
 
 _LINES = {  # how a name is imported by convention
     "jax": "import jax",
@@ -84,12 +85,13 @@ def source_of(target: object, given: str, argument: str) -> Call:
     return _made(_call(target, argument), argument)
 
 
-def _in_sequence(target: object) -> Sequence[object] | None:
+def _in_sequence(target: PyTree) -> Sequence[object] | None:
+    """Returns the layers of a Sequential of either framework; None of anything else."""
     import torch
 
     if type(target) is nnx.Sequential:
-        return list(target.layers)
-    return list(target) if type(target) is torch.nn.Sequential else None
+        return [*target.layers]
+    return [*target] if type(target) is torch.nn.Sequential else None
 
 
 def _made(call: Call, argument: str) -> Call:
