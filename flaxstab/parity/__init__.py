@@ -10,6 +10,9 @@ from flaxstab.parity._distance import distance as distance
 from flaxstab.parity._distance import model_distances as model_distances
 from flaxstab.parity._evidence import Budget as Budget
 from flaxstab.parity._evidence import Evidence as Evidence
+from flaxstab.parity._layers import LayerError as LayerError
+from flaxstab.parity._layers import Location as Location
+from flaxstab.parity._locate import locate as locate
 from flaxstab.parity._magnitude import magnitude as magnitude
 from flaxstab.parity._magnitude import sensitivity as sensitivity
 from flaxstab.parity._program import Linen as Linen
@@ -22,6 +25,8 @@ from flaxstab.parity._replay import replayed as replayed
 from flaxstab.parity._report import Departure as Departure
 from flaxstab.parity._report import Report as Report
 from flaxstab.parity._report import Tolerance as Tolerance
+from flaxstab.parity._reproduce import Reproduction as Reproduction
+from flaxstab.parity._reproduce import reproduce as reproduce
 from flaxstab.parity._session import Case as Case
 from flaxstab.parity._session import Session as Session
 from flaxstab.parity._session import read_report as read_report

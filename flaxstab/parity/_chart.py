@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flaxstab._checks import check
+from flaxstab.parity._plain import printable
 
 _LETTER, _ROW, _PLOT, _AXIS = 7.3, 20, 560, 26  # pixels: of a 12 px monospaced letter, of a line
 _LONGEST = 44  # letters of a label
@@ -23,6 +24,7 @@ class Bars:
       limit: a line; what is beyond it is marked. ``None`` draws none.
       others: a second value for each label, drawn as a thin line under the bar.
       others_title: what these are.
+      excused: for each label, whether it may be beyond the limit; none for none.
     """
 
     labels: Sequence[str]
@@ -31,6 +33,7 @@ class Bars:
     limit: float | None = 1.0
     others: Sequence[float] = ()
     others_title: str = ""
+    excused: Sequence[bool] = ()
 
     def __post_init__(self) -> None:
         labels, values = len(self.labels), len(self.values)
@@ -39,6 +42,8 @@ class Bars:
         )
         rule = "there must be another value for each label, or none"
         check(len(self.others) in (0, labels), rule, labels=labels, others=len(self.others))
+        rule = "there must be an excuse for each label, or none"
+        check(len(self.excused) in (0, labels), rule, labels=labels, excused=len(self.excused))
         every = (*self.values, *self.others)
         negative = [value for value in every if value < 0]
         check(not negative, "values must be at least 0", values=negative[:3])
@@ -56,7 +61,7 @@ def svg(bars: Bars) -> str:
     width, bottom = left + _PLOT + 84, _AXIS + _ROW * len(names)
     parts = [
         f'<svg role="img" viewBox="0 0 {width:.0f} {bottom + 8:.0f}" '
-        f'style="max-width:{width:.0f}px" aria-label="{html.escape(_said(bars))}">'
+        f'style="max-width:{width:.0f}px" aria-label="{html.escape(printable(_said(bars)))}">'
     ]
     for power in scale.ticks:
         x = left + scale.place(10.0**power) * _PLOT
@@ -95,12 +100,13 @@ class _Scale:
 def _bar(bars: Bars, scale: _Scale, row: int, left: float, label: str, name: str) -> list[str]:
     value, y = bars.values[row], _AXIS + _ROW * row
     beyond = not value < math.inf or (bars.limit is not None and not value <= bars.limit)
-    kind = "beyond" if beyond else "within"
+    excused = beyond and bool(bars.excused) and bars.excused[row]
+    kind = "excused" if excused else "beyond" if beyond else "within"
     long = scale.place(value) * _PLOT
-    shown = f"{value:.3g}" + (" \N{BLACK LEFT-POINTING TRIANGLE}" if beyond else "")
+    shown = f"{value:.3g}" + (" \N{BLACK LEFT-POINTING TRIANGLE}" if kind == "beyond" else "")
     parts = [
-        f"<g><title>{html.escape(label)}: {value:.3g}</title>",
-        f'<text class="name" x="{left - 8:.0f}" y="{y + 14}">{html.escape(name)}</text>',
+        f"<g><title>{html.escape(printable(label))}: {value:.3g}</title>",
+        f'<text class="name" x="{left - 8:.0f}" y="{y + 14}">{html.escape(printable(name))}</text>',
         f'<rect class="{kind}" x="{left:.1f}" y="{y + 4}" width="{long:.1f}" height="12" rx="2"/>',
         f'<text class="value {kind}" x="{left + long + 6:.1f}" y="{y + 14}">{shown}</text>',
     ]
@@ -137,5 +143,7 @@ def _said(bars: Bars) -> str:
     )
     if bars.limit is None:
         return text
-    beyond = sum(not value <= bars.limit for value in bars.values)
+    excused = bars.excused or [False] * len(bars.values)
+    pairs = zip(bars.values, excused, strict=True)
+    beyond = sum(not value <= bars.limit and not forgiven for value, forgiven in pairs)
     return f"{text}; {beyond} beyond {bars.limit:g}"

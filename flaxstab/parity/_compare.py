@@ -3,24 +3,23 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from flaxstab import interop
 from flaxstab._checks import check
 from flaxstab._typing import DTypeLike, PyTree
+from flaxstab.parity._carry import Weights
 from flaxstab.parity._inputs import Layout
-from flaxstab.parity._models import Pair, Weights
+from flaxstab.parity._models import Pair
 from flaxstab.parity._optimizers import compare_optimizers
+from flaxstab.parity._options import check_dtypes, check_options
 from flaxstab.parity._report import Report, Tolerance, check_tolerances
 from flaxstab.parity._steps import TrainStep, ten_batches, trajectory
 from flaxstab.parity._torch_side import Rename
 
 if TYPE_CHECKING:
     import torch
-
-_LOW = ("float32", "bfloat16", "float16")
 
 
 def compare(
@@ -89,7 +88,8 @@ def compare(
       P. Micikevicius et al., "Mixed Precision Training", 2018, arXiv:1710.03740, for what is
       kept in float32; D. S. Parker, "Monte Carlo Arithmetic", 1997, for the magnitude.
     """
-    check_options(layout, weights, rename, dtypes)
+    check_options(layout, weights, rename)
+    check_dtypes(dtypes)
     arrays, allowed = checked_inputs(inputs), check_tolerances(tolerances)
     if isinstance(flax_side, TrainStep):
         both = _both_steps(torch_side, witness)
@@ -122,35 +122,6 @@ def checked_inputs(inputs: Sequence[object]) -> tuple[np.ndarray, ...]:
         not any("complex" in kind for kind in kinds), "inputs must be real", fix=fix, inputs=kinds
     )
     return arrays
-
-
-def check_options(
-    layout: Layout, weights: Weights, rename: Rename | None, dtypes: Sequence[DTypeLike]
-) -> None:
-    """Checks what :func:`compare` is told.
-
-    Raises:
-      ValueError: if an option is none of those that there are.
-    """
-    check(
-        rename is None or callable(rename),
-        "rename must be a function of names",
-        rename=rename,
-        fix="Of a dict d pass lambda name: d.get(name, name).",
-    )
-    check(layout in ("image", None), "layout must be 'image' or None", layout=layout)
-    rule = "weights must be 'torch', 'flax' or None"
-    check(weights in ("torch", "flax", None), rule, weights=weights)
-    rule = f"dtypes must be a sequence of {', '.join(_LOW)}"
-    check(isinstance(dtypes, Sequence) and not isinstance(dtypes, str), rule, dtypes=dtypes)
-    check(all(_name(kind) in _LOW for kind in dtypes), rule, dtypes=dtypes)
-
-
-def _name(kind: DTypeLike) -> str:
-    try:
-        return jnp.dtype(kind).name
-    except TypeError:
-        return ""
 
 
 def _both_steps(torch_side: object, witness: object) -> tuple[TrainStep, TrainStep | None]:

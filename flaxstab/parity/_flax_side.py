@@ -25,7 +25,9 @@ from flaxstab.parity._precision import EXACT, Precision, jax_at
 from flaxstab.parity._program import Program
 
 
-class _Compiled(NamedTuple):
+class Compiled(NamedTuple):
+    """A program's gradients, a training step and evaluation, as compiled functions."""
+
     gradients: Callable[..., tuple[PyTree, ...]]
     step: Callable[..., tuple[Mapping[str, Array], PyTree]]
     evaluate: Callable[..., tuple[Mapping[str, Array], PyTree]]
@@ -40,14 +42,14 @@ class FlaxSide:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._plain = _compiled(program, lambda function: function)
-        self._rounded = _compiled(program, rounded)
+        self._plain = compiled_program(program, lambda function: function)
+        self._rounded = compiled_program(program, rounded)
 
     def output_shapes(self, arrays: tuple[np.ndarray, ...]) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the floating-point outputs, by name."""
         with jax_at(EXACT), located("Flax", self.program.names(), arrays):
             inputs = _cast(arrays, np.float64)
-            variables = self._variables(EXACT)
+            variables = self.variables(EXACT)
             output, _ = jax.eval_shape(self.program.train, *variables, inputs)
             leaves = named_leaves("output", output)
         kinds = [str(a.dtype) for a in leaves.values()]
@@ -57,7 +59,7 @@ class FlaxSide:
     def run(self, fed: Inputs, precision: Precision = EXACT) -> Values:
         """Returns every quantity at a precision."""
         with jax_at(precision):
-            params, rest = self._variables(precision)
+            params, rest = self.variables(precision)
             return self._quantities(self._plain, fed, precision.compute, params, rest)
 
     def magnitudes(self, fed: Inputs, plain: Values, precision: Precision) -> Values:
@@ -71,21 +73,21 @@ class FlaxSide:
     def spreads(self, fed: Inputs, plain: Values, precision: Precision, dtype: DTypeLike) -> Values:
         """Returns how far every quantity moves, in eps, if every operation rounds to a dtype."""
         info = jnp.finfo(dtype)
-        compiled = _compiled(self.program, lambda function: rounded(function, info.nmant))
+        compiled = compiled_program(self.program, lambda function: rounded(function, info.nmant))
         unit = float(info.eps)
         runs = [self._moved(compiled, fed, i, precision, unit) for i in range(DRAWS)]
         return sizes(plain, runs, unit)
 
     def _moved(
         self,
-        compiled: _Compiled,
+        compiled: Compiled,
         fed: Inputs,
         seed: int,
         precision: Precision,
         unit: float = UNIT,
     ) -> Values:
         with jax_at(EXACT):
-            params, rest = self._variables(precision)
+            params, rest = self.variables(precision)
             floats = [a for a in fed.arrays if is_float(a)]
             params, moving, cotangents = moved((params, floats, fed.cotangents), seed, unit)
             # Masks and classes given as floats stay: moving them would cross jumps.
@@ -95,22 +97,19 @@ class FlaxSide:
             fed = fed._replace(arrays=arrays, cotangents=cotangents)
             return self._quantities(compiled, fed, np.float64, params, rest)
 
-    def _variables(self, precision: Precision) -> tuple[PyTree, PyTree]:
-        def cast(leaf: Array) -> Array:
-            if not is_float(leaf):
-                return leaf
-            return jnp.asarray(round_to(np.asarray(leaf), precision.stored), precision.wide)
-
-        return jax.tree.map(cast, self.program.variables())
+    def variables(self, precision: Precision) -> tuple[PyTree, PyTree]:
+        """Returns the parameters and the other variables as a precision says."""
+        params, rest = stored_as(self.program.variables(), precision)
+        return params, rest
 
     def _quantities(
-        self, compiled: _Compiled, fed: Inputs, dtype: DTypeLike, params: PyTree, rest: PyTree
+        self, compiled: Compiled, fed: Inputs, dtype: DTypeLike, params: PyTree, rest: PyTree
     ) -> Values:
         with located("Flax", self.program.names(), fed.arrays):
             return self._located(compiled, fed, dtype, params, rest)
 
     def _located(
-        self, compiled: _Compiled, fed: Inputs, dtype: DTypeLike, params: PyTree, rest: PyTree
+        self, compiled: Compiled, fed: Inputs, dtype: DTypeLike, params: PyTree, rest: PyTree
     ) -> Values:
         inputs, named = _cast(fed.arrays, dtype), self.program
         cotangents = {name: jnp.asarray(a) for name, a in fed.cotangents.items()}
@@ -150,7 +149,9 @@ def stored_as(tree: PyTree, precision: Precision) -> PyTree:
     return jax.tree.map(cast, tree)
 
 
-def _compiled(program: Program, transform: Callable[..., Callable[..., object]]) -> _Compiled:
+def compiled_program(program: Program, transform: Callable[..., Callable[..., object]]) -> Compiled:
+    """Returns a program's three functions, transformed and compiled when they are first run."""
+
     def gradients(
         params: PyTree, rest: PyTree, inputs: list[Array], cotangents: Mapping[str, Array]
     ) -> tuple[PyTree, ...]:
@@ -180,7 +181,7 @@ def _compiled(program: Program, transform: Callable[..., Callable[..., object]])
         output, after = program.evaluate(params, rest, inputs)
         return named_leaves("output", output), after
 
-    return _Compiled(*(jax.jit(transform(f)) for f in (gradients, step, evaluate)))
+    return Compiled(*(jax.jit(transform(f)) for f in (gradients, step, evaluate)))
 
 
 def _cast(arrays: tuple[np.ndarray, ...], dtype: DTypeLike) -> list[Array]:

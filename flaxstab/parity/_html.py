@@ -8,6 +8,7 @@ from typing import Literal
 
 from flaxstab._checks import check
 from flaxstab.parity._chart import Bars, svg
+from flaxstab.parity._plain import printable
 
 __all__ = ["Bars", "Section", "Table", "Text", "page"]
 
@@ -161,7 +162,8 @@ def _bars(bars: Bars) -> str:
         return f"<p>{_safe(bars.title)}: nothing to show.</p>"
     second = f"; the line under it: {bars.others_title}" if bars.others else ""
     beyond = "" if bars.limit is None else f"; the dashed line is {bars.limit:g}"
-    words = f"{bars.title} (bars, logarithmic{beyond}{second})"
+    excused = "; ochre: beyond it, and excused" if any(bars.excused) else ""
+    words = f"{bars.title} (bars, logarithmic{beyond}{excused}{second})"
     headers = ["", bars.title, *([bars.others_title] if bars.others else [])]
     columns = [bars.labels, [float(v) for v in bars.values], [float(v) for v in bars.others]]
     numbers = Table(headers, list(zip(*(c for c in columns if len(c)), strict=True)))
@@ -174,10 +176,7 @@ def _bars(bars: Bars) -> str:
 
 def _safe(words: str) -> str:
     """Returns text without a meaning in HTML, and without what HTML may not contain."""
-    clean = re.sub(
-        r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", words
-    )
-    return html.escape(clean)
+    return html.escape(printable(words))
 
 
 _STYLE = """
@@ -195,7 +194,8 @@ h1 { font-size: 22px; margin: 0 0 12px; overflow-wrap: anywhere; }
 h2 { font-size: 17px; margin: 0; display: inline; }
 section, main > details { margin-top: 32px; }
 p { margin: 0; max-width: 78ch; overflow-wrap: anywhere; }
-pre, section > * + *, details > * + *, figure > * + * { margin-top: 12px; }
+pre, figure { margin: 0; }
+section > * + *, details > * + *, figure > * + * { margin-top: 12px; }
 .verdict { font-size: 17px; font-weight: 600; max-width: none; padding: 12px 16px;
   border-radius: 6px; background: var(--panel); border-left: 5px solid var(--soft); }
 .verdict.good { border-color: var(--good); } .verdict.bad { border-color: var(--bad); }
@@ -203,7 +203,7 @@ pre, section > * + *, details > * + *, figure > * + * { margin-top: 12px; }
 .good .mark { color: var(--good); } .bad .mark { color: var(--bad); }
 .mixed .mark { color: var(--mixed); }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
+table { border-collapse: collapse; font-size: 13.5px; min-width: 50%; }
 th { text-align: left; color: var(--soft); font-weight: 600; white-space: nowrap; }
 th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td { overflow-wrap: anywhere; min-width: 3em; }
@@ -216,7 +216,8 @@ svg { display: block; width: 100%; min-width: 620px; height: auto; }
 svg text { font: 12px ui-monospace, "DejaVu Sans Mono", Consolas, monospace; fill: var(--ink); }
 svg .name { text-anchor: end; } svg .tick { text-anchor: middle; fill: var(--soft); }
 svg .grid { stroke: var(--line); } svg .within { fill: var(--bar); }
-svg .beyond { fill: var(--bad); } svg text.within { fill: var(--soft); }
+svg .beyond { fill: var(--bad); } svg .excused { fill: var(--mixed); }
+svg text.within, svg text.excused { fill: var(--soft); }
 svg text.beyond { fill: var(--bad); font-weight: 700; }
 svg .limit { stroke: var(--ink); stroke-dasharray: 4 3; }
 svg .other { stroke: var(--mixed); stroke-width: 2; }

@@ -1,9 +1,10 @@
 """Compares two models or functions: semantics in float64, numerics against it."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,34 +13,38 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import DTypeLike
+from flaxstab.parity._carry import Weights, carry
 from flaxstab.parity._flax_side import FlaxSide
-from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest, own_rng, round_to
+from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest, own_rng
+from flaxstab.parity._locator import Locator
+from flaxstab.parity._options import lower
 from flaxstab.parity._precision import Precision
-from flaxstab.parity._program import NNXProgram, Program, program
-from flaxstab.parity._recorded import RecordedSide
+from flaxstab.parity._program import NNXProgram, program
 from flaxstab.parity._replay import check_silent
 from flaxstab.parity._report import Report, Tolerance, factor_of
 from flaxstab.parity._torch_side import Rename, TorchSide
 from flaxstab.parity._verdict import (
+    SEMANTICS,
     Finding,
     Side,
     Verdict,
+    by_chance,
     differ,
+    excused,
     judge_numerics,
     judge_semantics,
+    of_cancelling,
     repeated_draws,
     the_wrong_one,
+    unit_of_worst,
+    vanishes,
 )
-from flaxstab.parity._watched import Watched
 
 if TYPE_CHECKING:
     import torch
 
 _PASSED_ON = ("output", "evaluation", "grad input")  # what the next layer sees the dtype of
 _REDRAWS = 2
-CANCELLED = 16.0  # eps of its terms: of a gradient that is smaller, at most one digit is left
-
-Weights = Literal["torch", "flax"] | None
 
 
 class Pair:
@@ -61,7 +66,7 @@ class Pair:
     def __init__(
         self,
         flax_side: object,
-        torch_side: "torch.nn.Module | Callable[..., torch.Tensor] | RecordedSide",
+        torch_side: "torch.nn.Module | Callable[..., torch.Tensor] | TorchSide",
         inputs: Sequence[np.ndarray],
         *,
         layout: Layout = None,
@@ -71,8 +76,8 @@ class Pair:
     ) -> None:
         self._layout: Layout = layout
         self._program = program(flax_side, tuple(inputs))
-        recorded = isinstance(torch_side, RecordedSide)
-        self._torch = torch_side if recorded else TorchSide(torch_side, rename)
+        given = torch_side if isinstance(torch_side, TorchSide) else None
+        self._torch = given or TorchSide(torch_side, rename)
         self._ignored = carry(self._program, self._torch, weights)
         self._without = tuple(f" {name}" for name in self._ignored)
         self._flax = FlaxSide(self._program)
@@ -94,7 +99,8 @@ class Pair:
         seed: int = 0,
     ) -> Report:
         """Compares both sides on some inputs; see :func:`compare`."""
-        fed, kinds, stored = self._fed(inputs, dtypes, seed)
+        fed = self.fed(inputs, seed)
+        kinds, stored = lower(fed.arrays, dtypes)
         exact = self._exact(fed, stored)
         magnitudes = self._flax.magnitudes(exact.fed, exact.ours, exact.precision)
         findings = self._semantics(exact, magnitudes, tolerances)
@@ -111,47 +117,68 @@ class Pair:
             t for t in tolerances if not any(fnmatchcase(f.name, t.pattern) for f in findings)
         )
         notes += [f"the tolerance for {t.pattern!r} (no quantity has such a name)" for t in unused]
-        return Report(tuple(findings), tuple(notes), tolerances, pinned=self._program.pinned())
+        where = functools.cache(lambda: self.locator(fed).locate(free=False, stop=True))
+        return Report(
+            tuple(findings), tuple(notes), tolerances,
+            pinned=self._program.pinned(), where=where if self._layered() else None,
+        )  # fmt: skip
 
-    def watch(
-        self, inputs: Sequence[np.ndarray], *, dtypes: Sequence[DTypeLike], seed: int
-    ) -> Watched:
-        """Runs both sides as :meth:`judge` does; returns all values and what judges them."""
-        fed, kinds, stored = self._fed(inputs, dtypes, seed)
-        exact, watched = self._exact(fed, stored), Watched()
-        magnitudes = self._flax.magnitudes(exact.fed, exact.ours, exact.precision)
-        watched.add("float64", exact.ours, exact.theirs, magnitudes)
-        for kind in kinds:
-            oracle = exact if kind == stored else self._exact(fed, kind)
-            low = self._low(oracle, kind, magnitudes)
-            watched.add(kind.name, low.ours, low.theirs, low.units)
-            if oracle is not exact:  # what judges PyTorch's side where it is absent
-                watched.torch[f"float64 of {kind.name}"] = oracle.theirs
-            for finding in self._judged(low, oracle, kind, ()):
-                errors = finding.jax_error, finding.torch_error
-                watched.errors[kind.name, finding.name] = errors
-        return watched
-
-    def tensors(self) -> Values:
-        """Returns the weights and statistics that both sides start from, by PyTorch's names."""
-        return self._torch.tensors()
-
-    def buffer_names(self) -> set[str]:
-        """Returns the names of the tensors that are no parameters."""
-        return self._torch.buffer_names()
-
-    def _fed(
-        self, inputs: Sequence[np.ndarray], dtypes: Sequence[DTypeLike], seed: int
-    ) -> tuple[Inputs, list[np.dtype], DTypeLike]:
-        """Returns what both sides are fed, the lower precisions, and what is rounded to first."""
+    def fed(self, inputs: Sequence[np.ndarray], seed: int) -> Inputs:
+        """Returns what both sides are fed: the inputs, and cotangents of the outputs."""
         rng = own_rng(seed)
         cotangents = {name: rng.normal(size=shape) for name, shape in self._shapes.items()}
-        fed = Inputs(tuple(inputs), cotangents, self._layout)
-        kinds = [jnp.dtype(kind) for kind in dtypes]
-        for kind in kinds:
-            _check_range(fed.arrays, kind)
-        # Where float32 is judged, float64 starts from the same rounded numbers and serves both.
-        return fed, kinds, np.float32 if np.dtype(np.float32) in kinds else np.float64
+        return Inputs(tuple(inputs), cotangents, self._layout)
+
+    def _layered(self) -> bool:
+        """Whether there are layers, on both sides, that one may look at."""
+        module = self._torch.module
+        layers = module is not None and next(module.children(), None) is not None
+        return layers and isinstance(self._program, NNXProgram)
+
+    def locator(self, fed: Inputs, dtype: DTypeLike = np.float64) -> Locator:
+        """Returns what compares both models layer by layer.
+
+        Args:
+          fed: what both are given.
+          dtype: see :func:`locate`.
+
+        Raises:
+          ValueError: if a side is no module of layers.
+        """
+        if not isinstance(self._program, NNXProgram) or self._torch.module is None:
+            raise ValueError(
+                "layers are found in an nnx.Module and a torch.nn.Module, got another kind of "
+                "side. Compare these as a whole, with parity.compare."
+            )
+        return Locator(self._program, self._torch, fed, dtype)
+
+    def sides(self) -> "tuple[nnx.Module | None, torch.nn.Module | None]":
+        """Returns both sides with the weights that they are compared with; None for functions."""
+        made = self._program
+        flax = nnx.clone(made.module) if isinstance(made, NNXProgram) else None
+        return flax, self._torch.module
+
+    def allowance(
+        self, inputs: Sequence[np.ndarray], name: str, dtype: DTypeLike, seed: int = 0
+    ) -> float:
+        """Returns what rounding may do to a quantity, over its largest value.
+
+        Args:
+          inputs: as :meth:`judge` had them, rounded already.
+          name: of the quantity.
+          dtype: float64: how much the sides may differ there; else what JAX's error may be beside
+            twice PyTorch's.
+          seed: as :meth:`judge` had it.
+        """
+        exact = self._exact(self.fed(inputs, seed), dtype)
+        theirs = exact.theirs[name]
+        if jnp.dtype(dtype) == np.float64:
+            units = self._flax.magnitudes(exact.fed, exact.ours, exact.precision)[name]
+            unit = SEMANTICS * unit_of_worst(exact.ours[name], theirs, units)
+        else:
+            units = self._flax.sensitivities(exact.fed, exact.ours, exact.precision)[name]
+            unit = 2 * float(jnp.finfo(dtype).eps) * float(np.max(units))
+        return unit / max(largest(theirs), np.finfo(np.float64).tiny)
 
     def _exact(self, fed: Inputs, stored: DTypeLike) -> "_Exact":
         """Runs both sides in float64 on numbers rounded to a dtype."""
@@ -232,8 +259,7 @@ class Pair:
             again, _ = self._numerics_once(other, dtype, magnitudes, tolerances)
             verdicts = {f.name: f.verdict for f in again}
             findings = [
-                f if not f.side or verdicts[f.name] is f.verdict else _by_chance(f)
-                for f in findings
+                f if not f.side or verdicts[f.name] is f.verdict else by_chance(f) for f in findings
             ]
         if jnp.finfo(dtype).bits == 16 and any(f.side for f in findings):
             findings = self._within_spread(findings, units, exact, dtype)
@@ -257,7 +283,7 @@ class Pair:
         kind = Verdict.ILL_CONDITIONED
         return [
             f._replace(verdict=kind, side="", explanation=words)
-            if f.side and _excused(f, spreads[f.name], units[f.name])
+            if f.side and excused(f, spreads[f.name], units[f.name])
             else f
             for f in findings
         ]
@@ -304,8 +330,10 @@ class Pair:
         units: dict[str, np.ndarray] = {}
         for name in (n for n in ours if n in theirs and is_float(exact.ours[n])):
             unit, oracle = sensitivities[name], exact.ours[name]
-            if name.startswith("grad ") and _vanishes(oracle, magnitudes[name], jnp.dtype(dtype)):
+            if name.startswith("grad ") and vanishes(oracle, magnitudes[name], jnp.dtype(dtype)):
                 unit = np.maximum(unit, magnitudes[name])
+            if self._torch.recorded:  # no other inputs can be tried, as _numerics does
+                unit = of_cancelling(name, unit, oracle, magnitudes[name], dtype)
             units[name] = unit
         return _Low(ours, theirs, units)
 
@@ -322,19 +350,6 @@ class Pair:
                 or judge_numerics(name, *sides, oracles, unit, kind, factor)
             )
         return findings
-
-
-def _check_range(arrays: tuple[np.ndarray, ...], dtype: np.dtype) -> None:
-    """Refuses inputs that a dtype turns into infinity, or into nothing but 0."""
-    for place, array in enumerate(arrays):
-        if is_float(array) and array.size:
-            with np.errstate(over="ignore", under="ignore"):
-                low = round_to(array, dtype)
-            fits = np.array_equal(np.isfinite(low), np.isfinite(array)) and low.any() == array.any()
-            rule = f"inputs must lie within the range of {dtype.name}"
-            fix = "Scale them, or leave that dtype out of dtypes=."
-            largest_of = f"{largest(array):.1e}"
-            check(fits, rule, fix=fix, **{f"input {place} of size": largest_of})
 
 
 class _Exact(NamedTuple):
@@ -355,45 +370,9 @@ class _Low(NamedTuple):
     units: Values
 
 
-def carry(flax: Program, torch_side: TorchSide | RecordedSide, weights: Weights) -> tuple[str, ...]:
-    """Carries the weights; returns the names of tensors that Flax does without."""
-    if weights == "torch":
-        needless = flax.load(torch_side.tensors(), torch_side.buffer_names())
-        if flax.tensors():  # back again: Flax may round them, or keep one bias for torch's two
-            torch_side.load(flax.tensors())
-        return needless
-    ours = flax.tensors()
-    if weights == "flax":
-        torch_side.load(ours)
-    return tuple(name for name in torch_side.tensors() if name not in ours)
-
-
 def _has_stock_dropout(model: nnx.Module) -> bool:
     modules = (module for _, module in nnx.iter_modules(model))
     return any(isinstance(module, nnx.Dropout) and module.rate > 0 for module in modules)
-
-
-def _vanishes(oracle: np.ndarray, magnitude: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether a gradient is what is left of terms that cancel, down to the last digit of a dtype.
-
-    Batch normalisation of two samples has such gradients; a poor algorithm shows in the output.
-    """
-    common = float(magnitude.min(initial=np.inf))
-    return bool(largest(oracle) <= CANCELLED * float(jnp.finfo(dtype).eps) * common)
-
-
-def _excused(finding: Finding, spread: np.ndarray, unit: np.ndarray) -> bool:
-    """Whether a side's error is within twice what rounding every operation does."""
-    errors = max(finding.jax_error, finding.torch_error)
-    return errors * float(unit.max(initial=0)) <= 2 * float(spread.max(initial=0))
-
-
-def _by_chance(finding: Finding) -> Finding:
-    words = (
-        "larger than the bound on these inputs and not on others nearby: a value on a kink "
-        "(ReLU, max) or chance in the last digit"
-    )
-    return finding._replace(verdict=Verdict.ILL_CONDITIONED, side="", explanation=words)
 
 
 def _other_dtype(name: str, kind: str, ours: np.ndarray, theirs: np.ndarray) -> Finding | None:

@@ -51,7 +51,7 @@ def compare_optimizers(
     return lockstep(
         _Optax(tx, inputs, applies=theirs.applies()),
         theirs,
-        _gradients(inputs, seed),
+        gradients(inputs, seed),
         dtypes=dtypes,
         tolerances=tolerances,
         witness=others[0] if others else None,
@@ -74,7 +74,7 @@ def _torch(factory: PyTree, inputs: Sequence[np.ndarray]) -> "_Torch | RecordedS
     return _Torch(factory, inputs)
 
 
-def _gradients(inputs: Sequence[np.ndarray], seed: int) -> Iterator[Batch]:
+def gradients(inputs: Sequence[np.ndarray], seed: int) -> Iterator[Batch]:
     rng = own_rng(seed)
     for scale in _SCALES[:STEPS]:
         yield tuple(scale * rng.normal(0.1, 1.0, a.shape) for a in inputs)

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,14 @@ from flaxstab._checks import check
 LARGEST = 1 << 28  # bytes of a file that is read; 100,000 findings take 30 MB
 _SPELLED = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # JSON has no such numbers
 
+_ODD = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_SINGLE: dict[object, tuple[str, tuple[type, ...]]] = {
+    float: ("a number", (int, float)),
+    int: ("an integer", (int,)),
+    bool: ("true or false", (bool,)),
+    str: ("a string", (str,)),
+}
+
 
 def to_plain(value: object) -> object:
     """Returns dicts, lists, strings, numbers and None for nested named tuples.
@@ -22,7 +31,8 @@ def to_plain(value: object) -> object:
       value: holds named tuples, tuples, mappings and plain values.
     """
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: to_plain(item) for name, item in value._asdict().items()}
+        names = _hints(type(value))
+        return {name: to_plain(item) for name, item in value._asdict().items() if name in names}
     if isinstance(value, Mapping):
         return {str(name): to_plain(item) for name, item in value.items()}
     if isinstance(value, tuple | list):
@@ -56,16 +66,24 @@ def from_plain(kind: object, value: object, place: str) -> object:
     if origin is Literal:
         return value if value in parts else _refuse(place, f"one of {list(parts)}", value)
     if origin in (Union, UnionType):
-        if value is None and NoneType in parts:
-            return None
-        (other,) = (part for part in parts if part is not NoneType)
-        return from_plain(other, value, place)
+        return _union(parts, value, place)
     if origin is tuple:
         items = value if isinstance(value, list) else _refuse(place, "a list", value)
         return tuple(from_plain(parts[0], item, f"{place}[{i}]") for i, item in enumerate(items))
     if hasattr(kind, "_fields"):
         return _named_tuple(cast(type, kind), value, place)
     return _single(kind, value, place)
+
+
+def _union(parts: tuple[object, ...], value: object, place: str) -> object:
+    """Returns a value that may be None, or of several lists of literals."""
+    if value is None and NoneType in parts:
+        return None
+    others = [part for part in parts if part is not NoneType]
+    if len(others) > 1:
+        words = tuple(word for part in others for word in get_args(part))
+        return from_plain(Literal[words], value, place)
+    return from_plain(others[0], value, place)
 
 
 def _named_tuple(kind: type, value: object, place: str) -> object:
@@ -82,28 +100,34 @@ def _named_tuple(kind: type, value: object, place: str) -> object:
 
 @cache
 def _hints(kind: type) -> dict[str, object]:
-    return get_type_hints(kind)
+    """Returns the types of a named tuple's fields, but for those that hold functions."""
+    hints = get_type_hints(kind)
+    return {n: hint for n, hint in hints.items() if not _is_function(hint)}
+
+
+def _is_function(hint: object) -> bool:
+    return get_origin(hint) is Callable or any(get_origin(p) is Callable for p in get_args(hint))
 
 
 def _single(kind: object, value: object, place: str) -> object:
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(value, str) and value in _SPELLED:
-            return _SPELLED[value]
-        return float(cast(float, value)) if number else _refuse(place, "a number", value)
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         known = [str(member) for member in kind]
         return kind(value) if value in known else _refuse(place, f"one of {known}", value)
-    if kind is str:
-        return value if isinstance(value, str) else _refuse(place, "a string", value)
-    if kind is int:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return value if whole else _refuse(place, "an integer", value)
-    return value if isinstance(value, dict) else _refuse(place, "an object", value)
+    if kind is float and isinstance(value, str) and value in _SPELLED:
+        return _SPELLED[value]
+    name, types = _SINGLE.get(kind, ("an object", (dict,)))
+    if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
+        _refuse(place, name, value)
+    return float(cast(float, value)) if kind is float else value
 
 
 def _refuse(place: str, rule: str, value: object) -> NoReturn:
     raise ValueError(f"{place} must be {rule}, got {value!r:.80}. Write the file again.")
+
+
+def printable(words: str) -> str:
+    """Returns text in which a replacement stands for what neither a terminal nor HTML may get."""
+    return _ODD.sub("\N{REPLACEMENT CHARACTER}", words)
 
 
 def read_plain(path: Path, kind: str, schema: int) -> dict[str, object]:

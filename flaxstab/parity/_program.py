@@ -14,7 +14,7 @@ from flaxstab._typing import Array, PyTree
 from flaxstab.parity._inputs import Values
 from flaxstab.parity._place import Names, located
 
-_REST = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.Intermediate))  # sown values come and go
+REST = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.Intermediate))  # sown values come and go
 
 
 class Program(Protocol):
@@ -122,13 +122,18 @@ class NNXProgram:
         _, params, *rest = nnx.split(self.module, nnx.Param, ...)
         return params, rest[0]
 
+    def merged(self, params: PyTree, rest: PyTree, *, training: bool = True) -> nnx.Module:
+        """Returns a model of its own in either mode."""
+        graph = self._training if training else self._evaluating
+        return nnx.merge(graph, params, rest, copy=True)
+
     def train(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
-        model = nnx.merge(self._training, params, rest, copy=True)
-        return model(*inputs), nnx.state(model, _REST)
+        model = self.merged(params, rest)
+        return model(*inputs), nnx.state(model, REST)
 
     def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
-        model = nnx.merge(self._evaluating, params, rest, copy=True)
-        return model(*inputs), nnx.state(model, _REST)
+        model = self.merged(params, rest, training=False)
+        return model(*inputs), nnx.state(model, REST)
 
     def load(self, tensors: Values, optional: Collection[str] = ()) -> tuple[str, ...]:
         report = interop.load_state_dict(self.module, tensors, strict=False)

@@ -1,6 +1,7 @@
 """PyTorch's side as it was recorded, where PyTorch itself is absent."""
 
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 import numpy as np
 from flax import nnx
@@ -9,9 +10,10 @@ from flaxstab._typing import PyTree
 from flaxstab.parity._inputs import Inputs, Values
 from flaxstab.parity._precision import EXACT, Precision
 from flaxstab.parity._replay import Draws
+from flaxstab.parity._torch_side import TorchSide
 
 
-class RecordedSide:
+class RecordedSide(TorchSide):
     """A PyTorch module or function of which only weights and results are left.
 
     Stands for a :class:`TorchSide` that is fed the same inputs.
@@ -23,12 +25,12 @@ class RecordedSide:
     """
 
     recorded = True
-    module = None
 
     def __init__(
         self, values: Mapping[str, Values], weights: Values, buffers: tuple[str, ...]
     ) -> None:
         self._values, self._weights, self._buffers = values, weights, buffers
+        self.module, self.function, self.rename = None, _absent, str
         self.draws = Draws()
 
     def tensors(self) -> Values:
@@ -38,6 +40,9 @@ class RecordedSide:
     def buffer_names(self) -> set[str]:
         """Returns the names of the tensors that are no parameters."""
         return {*self._buffers}
+
+    def names(self) -> None:
+        """Returns nothing: no error comes from a module that does not run."""
 
     def load(self, tensors: Values) -> None:
         """Takes nothing: what was recorded had these weights."""
@@ -72,6 +77,13 @@ class RecordedSide:
         """Returns NaN: what was recorded cannot be run at other places."""
         del fed, name, direction, flax
         return float("nan")
+
+
+def _absent(*inputs: object) -> NoReturn:
+    """Stands for a function that was recorded."""
+    raise ValueError(
+        f"PyTorch's side must run to be called, got {len(inputs)} inputs for a record."
+    )
 
 
 class RecordedSteps:

@@ -61,7 +61,7 @@ def _kept_samples(layer: nnx.Module, shape: Shape) -> np.ndarray:
 
 
 def _dropped(module: "torch.nn.Module", x: "torch.Tensor", kept: "torch.Tensor") -> "torch.Tensor":
-    p = _torch_rate(module)
+    p = torch_rate(module)
     return x * (kept.to(x.dtype) * (0.0 if p == 1 else 1 / (1 - p)))
 
 
@@ -198,7 +198,7 @@ def replayed(
         if attention_rate(module) or attention_rate(source):
             handles += replay_attention(name, module, source, partial(kept.add, name))
             continue
-        if _torch_rate(module) > 0 or _rate(source) > 0:
+        if torch_rate(module) > 0 or _rate(source) > 0:
             _check_dropout(name, module, source)
         elif isinstance(source, _DROPOUTS):
             continue
@@ -243,7 +243,7 @@ def _rate(source: nnx.Module | None) -> float:
     return source.p if isinstance(source, Dropping) else 0.0
 
 
-def _torch_rate(module: "torch.nn.Module") -> float:
+def torch_rate(module: "torch.nn.Module") -> float:
     """Returns with which probability a torch module drops, 0 if it is none of the known kinds."""
     import torch
 
@@ -265,7 +265,7 @@ def _is_kind(module: "torch.nn.Module", kinds: tuple[str, ...]) -> bool:
 
 def _check_dropout(name: str, module: "torch.nn.Module", source: nnx.Module | None) -> None:
     kinds = next((_REPLAYS[k].kinds for k in _DROPOUTS if isinstance(source, k)), ())
-    if not _is_kind(module, kinds) or _rate(source) != _torch_rate(module):
+    if not _is_kind(module, kinds) or _rate(source) != torch_rate(module):
         raise ValueError(
             "every torch dropout must be a torch.nn.Dropout, not in place, with a flaxstab or nnx "
             "Dropout of its name and probability; likewise an AlphaDropout, a RecurrentDropout, a "
@@ -283,7 +283,7 @@ def check_silent(torch_model: "torch.nn.Module") -> None:
       ValueError: if a torch dropout layer, or attention, drops anything.
     """
     for name, module in torch_model.named_modules():
-        if _torch_rate(module) > 0 or attention_rate(module) > 0:
+        if torch_rate(module) > 0 or attention_rate(module) > 0:
             raise ValueError(
                 "dropout is replayed for NNX modules only, got a Linen module or a function beside "
                 f"{name!r}: {module}. Set the probability to 0 on both sides."

@@ -1,12 +1,13 @@
 """What a comparison found, and what somebody told it to overlook."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from flaxstab._checks import check
 from flaxstab.parity._inputs import STEPS
+from flaxstab.parity._layers import Location
 from flaxstab.parity._verdict import FLOAT32, Finding, Side, Verdict
 
 _SHOWN = 8  # a failure fits one screen
@@ -77,6 +78,7 @@ class Report(NamedTuple):
       tolerances: the bounds that were widened.
       departure: of two trainings, where they part; None if they do not.
       pinned: Flax layers that compute in less than float64 whatever their inputs.
+      where: looks for the first layer that differs; None where there are no layers to look at.
     """
 
     findings: tuple[Finding, ...]
@@ -84,6 +86,12 @@ class Report(NamedTuple):
     tolerances: tuple[Tolerance, ...] = ()
     departure: Departure | None = None
     pinned: tuple[str, ...] = ()
+    where: Callable[[], Location] | None = None
+
+    @property
+    def location(self) -> Location | None:
+        """Where the models differ, if they do and have layers; looked for when first asked."""
+        return None if self.where is None or self.passed else self.where()
 
     @property
     def passed(self) -> bool:
@@ -161,6 +169,7 @@ class Report(NamedTuple):
         lines += [_line(f) for f in shown[:_SHOWN]]
         if len(shown) > _SHOWN:
             lines.append(f"  ... and {len(shown) - _SHOWN} more in report.findings")
+        lines += [] if self.location is None else [f"  {self.location.line}"]
         lines += [f"  look at: {hint}" for hint in self.hints]
         lines += [f"  not compared: {note}" for note in self.notes[:3]]
         lines += [

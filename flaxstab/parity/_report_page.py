@@ -12,7 +12,6 @@ from flaxstab.parity._verdict import Finding, Verdict
 _SHOWN = 40  # rows of a failing case; the JSON file holds all
 _CHARTED = 30  # bars of quantities
 _MEANT = {
-    "": "not run alone",
     "own": "differs",
     "inherited": "only what comes before it differs",
     "agrees": "agrees",
@@ -60,21 +59,24 @@ def _case_state(case: Case) -> State:
 def _case_sections(case: Case, *, alone: bool) -> Iterator[Section]:
     of = "" if alone else f" of {case.name}"
     if case.report is None:
-        yield Section(f"Not compared{of}", Text(case.words))
+        yield Section(f"{case.name}: not compared", Text(case.words))
         return
     report = case.report
-    yield Section(f"Findings{of}" if report.passed else f"Failures{of}", [*_found(case, report)])
+    yield Section(
+        f"Findings{of}" if report.passed else f"Failures{of}", [*_found(case, report, alone)]
+    )
     if case.location is not None and case.location.layers:
         yield Section(f"Layers{of}", [*_layers(case.location)])
     if report.findings:
-        yield Section(f"Quantities{of}", [*_quantities(report)])
+        yield Section(f"Quantities{of}", [*_quantities(report)], folded=not alone)
     if alone and report.findings:
         rows = sorted(report.findings, key=lambda f: (f.passed, -_number(f.excess)))
         yield Section(f"All {len(rows)} findings", _findings(rows), folded=True)
 
 
-def _found(case: Case, report: Report) -> Iterator[Body]:
-    yield Text(report.headline)
+def _found(case: Case, report: Report, alone: bool) -> Iterator[Body]:
+    if not alone:  # then it is the page's own
+        yield Text(report.headline)
     if report.departure is not None:
         first = report.departure
         yield Text(f"First apart: {first.name} after step {first.step}, in {first.dtype}.")
@@ -85,7 +87,7 @@ def _found(case: Case, report: Report) -> Iterator[Body]:
         yield Text(f"... and {len(shown) - _SHOWN} more in the JSON file.")
     words = [f"Look at: {hint}." for hint in report.hints]
     if case.reproducer:
-        words.append(f"A script that shows it alone: {case.reproducer}")
+        words.append(f"As a script, {case.reproducer}")
     words += [f"Not compared: {note}." for note in report.notes]
     words += [f"Computes in less than float64: {layer}." for layer in report.pinned]
     words += [f"Widened: {t.pattern} x{t.factor:g}, because {t.reason}." for t in report.tolerances]
@@ -107,16 +109,13 @@ def _state(finding: Finding) -> State:
 
 def _layers(location: Location) -> Iterator[Body]:
     if location.first:
-        yield Text(
-            f"The first that differs, {location.direction}: {location.first}. A layer's own error "
-            "is measured with what PyTorch's layer was fed; what it inherits is the rest."
-        )
+        yield Text(f"The {location.line}.")
     for direction in ("forward", "backward"):
         layers = [layer for layer in location.layers if layer.direction == direction]
         run = [layer for layer in layers if not math.isnan(layer.own)]
         if run:
             yield Bars(
-                [layer.name or "the model" for layer in run],
+                [layer.name for layer in run],
                 [layer.own for layer in run],
                 f"{direction}: a layer's own error over its bound",
                 others=[_number(layer.inherited) for layer in run],
@@ -130,7 +129,7 @@ def _layers(location: Location) -> Iterator[Body]:
 
 
 def _left(layers: Sequence[LayerError]) -> Table:
-    rows = [[layer.name or "the model", _MEANT[layer.kind], layer.note] for layer in layers]
+    rows = [[layer.name, _MEANT[layer.kind], layer.note] for layer in layers]
     return Table([f"{layers[0].direction}, not run alone", "found", "why"], rows)
 
 
@@ -147,7 +146,12 @@ def _quantities(report: Report) -> Iterator[Body]:
         more = f", the largest {_CHARTED} of {len(of)}" if len(of) > _CHARTED else ""
         shown = of[:_CHARTED]
         values = [f.excess for f in shown]
-        yield Bars([f.name for f in shown], values, f"{dtype}: error over its bound{more}")
+        yield Bars(
+            [f.name for f in shown],
+            values,
+            f"{dtype}: error over its bound{more}",
+            excused=[f.passed for f in shown],
+        )
 
 
 def _environment(environment: Mapping[str, object]) -> Table:

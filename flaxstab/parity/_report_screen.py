@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from flaxstab.parity._plain import printable
 from flaxstab.parity._report import Report
 from flaxstab.parity._verdict import Finding
 
@@ -30,6 +31,8 @@ class ReportScreen(NamedTuple):
             first = report.departure
             words = f"first apart: {first.name} after step {first.step}, in {first.dtype}"
             above.append(_words(words))
+        if report.location is not None:
+            above.append(_words(report.location.line))
         below = [_words(f"look at: {hint}") for hint in report.hints]
         below += [_words(f"not compared: {note}") for note in report.notes[:_NOTES]]
         more = len(report.notes) - _NOTES
@@ -117,7 +120,7 @@ def _table(
         side: Literal["right", "left"] = "right" if i in numbers else "left"
         table.add_column(header, justify=side, overflow="fold", ratio=ratio)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -143,11 +146,11 @@ def _case(case: "Case") -> tuple[str, str, str, str]:
 def _verdict(words: str, style: str) -> "RenderableType":
     from rich.text import Text
 
-    return Text(words, style=style)
+    return Text(printable(words), style=style)
 
 
 def _words(words: str) -> "RenderableType":
     from rich.padding import Padding
     from rich.text import Text
 
-    return Padding(Text(words), (0, 0, 0, 2))
+    return Padding(Text(printable(words)), (0, 0, 0, 2))

@@ -25,8 +25,8 @@ class Case(NamedTuple):
       name: such as the test's.
       report: what was found; None if the sides could not be compared.
       words: why they could not.
-      location: where the models differ, layer by layer, if that was asked for.
-      reproducer: the stand-alone script that shows the difference, if one was written.
+      location: where the models differ, layer by layer, if they do and have layers.
+      reproducer: where a stand-alone script shows the difference, or why there is none, in words.
     """
 
     name: str
@@ -119,7 +119,8 @@ def write_report(
       report: of one comparison, or a :class:`Session` of several.
       path: of the file. Its folder must exist.
       title: what was compared, in words; '' for a general one.
-      location: of a single report, where its models differ: the page then has a bar per layer.
+      location: of a single report, what :func:`locate` found: the page then has a bar for every
+        layer. ``None`` takes the report's own, which ends with the first layer that differs.
 
     Returns:
       The path.
@@ -147,7 +148,7 @@ def write_report(
 
 def _session(report: Report | Session, title: str, location: Location | None) -> Session:
     if isinstance(report, Report):
-        report = Session((Case(title, report, location=location),))
+        report = Session((Case(title, report, location=location or report.location),))
     environment = dict(report.environment) or _environment.describe()
     return report._replace(environment=environment, title=title or report.title)
 
@@ -190,7 +191,8 @@ def read_session(path: str | PathLike[str]) -> Session:
       path: of the file.
 
     Returns:
-      What was written; ``passed`` and ``verdict`` are told by the findings again.
+      What was written, but for functions: ``report.where`` is None, and ``case.location`` holds
+      what it found. ``passed`` and ``verdict`` are told by the findings again.
 
     Raises:
       ValueError: if the file is not there, not whole, foreign, or written by a newer flaxstab; the

@@ -13,10 +13,10 @@ from flax import nnx
 from flaxstab import interop
 from flaxstab._checks import check, check_positive
 from flaxstab._typing import Array, DTypeLike, PyTree
+from flaxstab.parity._carry import Weights, carry
 from flaxstab.parity._flax_side import stored_as
 from flaxstab.parity._inputs import Layout, Values, channels_first, growth, is_float
 from flaxstab.parity._lockstep import STEPS, Batch, Watch, lockstep, updates
-from flaxstab.parity._models import Weights, carry
 from flaxstab.parity._optimizer_state import jax_state, torch_state, unnamed
 from flaxstab.parity._place import located
 from flaxstab.parity._precision import Precision, jax_at

@@ -122,10 +122,10 @@ class TorchSide:
         Layers with running statistics keep them, and their parameters, in float32 or wider.
         Random layers replay the draws of ``flax``, if that is an NNX module.
         """
-        with self._ready(fed, precision, flax) as (module, tensors):
-            outputs = self._call(module, tensors, fed)
+        with self.ready(fed, precision, flax) as (module, tensors):
+            outputs = self.call(module, tensors, fed)
             found = {n: channels_last(numpy_of(a), fed.layout) for n, a in outputs.items()}
-            found |= self._gradients(module, tensors, outputs, fed)
+            found |= self.gradients(module, tensors, outputs, fed)
             if module is None:
                 evaluated: Values = {n: a for n, a in found.items() if n.startswith("output")}
             else:
@@ -135,7 +135,7 @@ class TorchSide:
         return found | {n.replace("output", "evaluation", 1): a for n, a in evaluated.items()}
 
     @contextmanager
-    def _ready(
+    def ready(
         self, fed: Inputs, precision: Precision, flax: nnx.Module | None
     ) -> "Iterator[tuple[torch.nn.Module | None, list[torch.Tensor]]]":
         """Yields a copy of the module at a precision, replaying draws, and its inputs."""
@@ -153,9 +153,10 @@ class TorchSide:
         with jax_at(precision), torch.enable_grad(), replaying:
             yield module, tensors
 
-    def _call(
+    def call(
         self, module: "torch.nn.Module | None", tensors: "list[torch.Tensor]", fed: Inputs
     ) -> "Tensors":
+        """Returns the outputs of the module, or of the function, by name."""
         with located("PyTorch", self.names(), fed.arrays):
             # Clones: a model may change its input in place.
             output = (self.function if module is None else module)(*(t.clone() for t in tensors))
@@ -172,7 +173,7 @@ class TorchSide:
 
         return None if self.module is None else Names(torch.nn.Module, name_of)
 
-    def _gradients(
+    def gradients(
         self,
         module: "torch.nn.Module | None",
         tensors: "list[torch.Tensor]",
@@ -212,14 +213,14 @@ class TorchSide:
         with torch.no_grad():
             for step in range(1, max(STEPS) + 1):
                 if step > 1:
-                    outputs = self._call(module, [_grown(t, step - 1) for t in tensors], fed)
+                    outputs = self.call(module, [_grown(t, step - 1) for t in tensors], fed)
                     late = {n: channels_last(numpy_of(a), fed.layout) for n, a in outputs.items()}
                     found |= {f"step {step} {n}": a for n, a in late.items() if step in STEPS}
                 if step in STEPS:
                     found |= {f"step {step} {n}": b for n, b in self.buffers(module).items()}
         module.eval()
         with torch.no_grad():
-            evaluated = self._call(module, tensors, fed)
+            evaluated = self.call(module, tensors, fed)
         left = {f"after evaluation {n}": b for n, b in self.buffers(module).items()}
         return found | left, evaluated
 
@@ -243,11 +244,11 @@ class TorchSide:
         totals, step = [], 0.0
         layout: Layout = fed.layout if name.startswith("grad input ") else None
         for sign in (-1, 0, 1):
-            with self._ready(fed, EXACT, flax) as (module, tensors):
+            with self.ready(fed, EXACT, flax) as (module, tensors):
                 moving = self._variable(module, tensors, name).detach()  # of the same memory
                 step = 1e-5 * max(float(moving.abs().max()), 1e-3)
                 moving += sign * step * torch_tensor(channels_first(direction, layout))
-                outputs = self._call(module, tensors, fed)
+                outputs = self.call(module, tensors, fed)
                 pairs = [
                     (outputs[n], channels_first(c, fed.layout)) for n, c in fed.cotangents.items()
                 ]

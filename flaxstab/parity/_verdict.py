@@ -12,6 +12,7 @@ from flaxstab.parity._inputs import is_float, largest
 
 SEMANTICS = 1e-12  # of the magnitude, in float64: 4,500 eps (DESIGN, "How parity is judged")
 FLOAT32 = 1e-6  # differences below it, and far above those of float64, are float32's
+CANCELLED = 16.0  # eps of its terms: of a gradient that is smaller, at most one digit is left
 BLIND = 1e-6  # of a quantity's size: a float64 bound above this compares fewer than 6 digits
 
 Side = Literal["jax", "torch", ""]
@@ -223,6 +224,14 @@ def _worst(gap: np.ndarray, units: np.ndarray) -> tuple[float, float]:
     return float(ratios.flat[place]), float(units.flat[place])
 
 
+def unit_of_worst(ours: np.ndarray, theirs: np.ndarray, magnitude: float | np.ndarray) -> float:
+    """Returns the magnitude of the element that is furthest off in its units."""
+    if ours.shape != theirs.shape:
+        return float(np.max(magnitude))
+    units = np.broadcast_to(np.asarray(magnitude, np.float64), ours.shape)
+    return _worst(gaps(ours, theirs), units)[1]
+
+
 def _spoiled(side: np.ndarray, oracle: np.ndarray) -> np.ndarray:
     """Returns where a side has NaN or infinity that its float64 run has not, or the reverse."""
     a, b = np.asarray(side, np.float64), np.asarray(oracle, np.float64)
@@ -240,3 +249,48 @@ def gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def distance_between(a: np.ndarray, b: np.ndarray) -> float:
     """Returns the largest absolute difference of elements that are finite on both sides."""
     return float(np.max(gaps(a, b), initial=0))
+
+
+def vanishes(oracle: np.ndarray, magnitude: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether a gradient is what is left of terms that cancel, down to the last digit of a dtype.
+
+    Batch normalisation of two samples has such gradients; a poor algorithm shows in the output.
+    """
+    common = float(magnitude.min(initial=np.inf))
+    return bool(largest(oracle) <= CANCELLED * float(jnp.finfo(dtype).eps) * common)
+
+
+def of_cancelling(
+    name: str, unit: np.ndarray, oracle: np.ndarray, magnitude: np.ndarray, dtype: DTypeLike
+) -> np.ndarray:
+    """Returns units in which each element of a gradient that vanishes is judged by its terms.
+
+    Attention's packed bias has such elements among others: those of the keys, which softmax does
+    not see. Which side is further off there is chance.
+
+    Args:
+      name: of the quantity; all but gradients keep their units.
+      unit: of the quantity, or of each element.
+      oracle: the float64 value.
+      magnitude: M of the quantity, or of each element.
+      dtype: the precision judged.
+    """
+    if not name.startswith("grad "):
+        return unit
+    gone = np.abs(oracle) <= CANCELLED * float(jnp.finfo(dtype).eps) * np.asarray(magnitude)
+    return np.where(gone, np.maximum(unit, magnitude), unit)
+
+
+def excused(finding: Finding, spread: np.ndarray, unit: np.ndarray) -> bool:
+    """Whether a side's error is within twice what rounding every operation does."""
+    errors = max(finding.jax_error, finding.torch_error)
+    return errors * float(unit.max(initial=0)) <= 2 * float(spread.max(initial=0))
+
+
+def by_chance(finding: Finding) -> Finding:
+    """Returns a suspicion that inputs nearby did not confirm."""
+    words = (
+        "larger than the bound on these inputs and not on others nearby: a value on a kink "
+        "(ReLU, max) or chance in the last digit"
+    )
+    return finding._replace(verdict=Verdict.ILL_CONDITIONED, side="", explanation=words)

@@ -59,6 +59,7 @@ class StepWatch:
         self, step: int, precision: str, ours: Values, theirs: Values, spreads: Mapping[str, float]
     ) -> None:
         """Is shown one step of one precision; see :data:`flaxstab.parity._lockstep.Watch`."""
+        units: Values
         if precision == "float64":
             self._exact = ours, theirs
             units = {n: self._unit(step, n, a, spreads.get(n, 0.0)) for n, a in ours.items()}
@@ -78,7 +79,8 @@ class StepWatch:
         self, step: int, precision: str, ours: Values, theirs: Values, spreads: Mapping[str, float]
     ) -> Values:
         """Keeps both sides' errors at a lower precision; returns their units."""
-        units, eps = {}, float(jnp.finfo(precision).eps)
+        units: dict[str, np.ndarray] = {}
+        eps = float(jnp.finfo(precision).eps)
         exact = self._exact
         for name in (n for n in ours if n in theirs and n in exact[0] and n in exact[1]):
             if not is_float(exact[0][name]):

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,9 @@ from flaxstab.parity._diff._types import (
     StreamDiff,
 )
 from flaxstab.parity._diff._values import compare_records
-from flaxstab.parity._record._baseline import Baseline, Origin, read_baseline
+from flaxstab.parity._record._baseline import Baseline, Origin, Record, read_baseline
+from flaxstab.parity._record._subject import Subject
+from flaxstab.parity._record._take import attempt, take
 
 
 class Diff(NamedTuple):
@@ -150,15 +152,50 @@ def diff_baselines(
     cases += [
         CaseDiff(n, Effect.NEW, words=_new(new, n, new_name)) for n in new.cases if n not in common
     ]
-    cases.sort(key=lambda c: (GRAVITY[c.effect], -c.moves[0].excess if c.moves else 0.0, c.name))
+    return gathered(cases, old, new)
+
+
+def gathered(cases: Sequence[CaseDiff], old: Baseline, new: Baseline) -> Diff:
+    """Returns the difference of two baselines of which the cases are compared already.
+
+    Args:
+      cases: what became of them.
+      old: what was.
+      new: what is.
+    """
+    grave = sorted(
+        cases, key=lambda c: (GRAVITY[c.effect], -c.moves[0].excess if c.moves else 0.0, c.name)
+    )
     return Diff(
-        tuple(cases),
+        tuple(grave),
         settings(old, new),
         names(old.surface, new.surface),
         streams(old, new),
         new.torch,
         (_torch_version(old), _torch_version(new)),
     )
+
+
+def against(name: str, subject: Subject, record: Record, earlier: Baseline) -> CaseDiff:
+    """Compares what a pair of models gave with its record in a baseline.
+
+    Args:
+      name: of both.
+      subject: the pair, which is compared once more with the inputs and weights of the baseline if
+        it had others.
+      record: what it gave.
+      earlier: the baseline.
+    """
+    old = earlier.cases.get(name)
+    if old is None:
+        return CaseDiff(name, Effect.NEW, words="the baseline does not have it")
+    found = compare_records(name, old, record)
+    if found.effect is not Effect.APART:
+        return found
+    again = attempt(lambda: take(subject, old))
+    if again.facts.kind == "none":
+        return CaseDiff(name, Effect.APART, words=again.facts.error)
+    return compare_records(name, old, again)
 
 
 def _new(new: Baseline, name: str, file: str) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _LINES, _NAME = 24, 26  # of a screen; letters of a case's name
 _STYLES = {Outcome.SAFE: "bold green", Outcome.CHANGES: "bold yellow", Outcome.BREAKS: "bold red"}
 _SIDES = {"jax": "JAX", "torch": "PyTorch", "both": "both", "": ""}
+_COUNTED = (Effect.SAME, Effect.NEW, Effect.GONE)  # these have no row of their own
 _TOLD = 3  # names and streams of each kind
 
 
@@ -30,7 +31,7 @@ class DiffScreen(NamedTuple):
         above = [Text(diff.headline, style=_STYLES[diff.verdict])]
         above += [Text(f"  {line}") for line in environment(diff)]
         below = [Text(f"  {line}", overflow="ellipsis", no_wrap=True) for line in told(diff)]
-        cases = [case for case in diff.cases if case.effect not in (Effect.SAME, Effect.NEW)]
+        cases = [case for case in diff.cases if case.effect not in _COUNTED]
 
         def lines(part: "RenderableType") -> int:
             return len(console.render_lines(part, options))
@@ -109,9 +110,9 @@ def told(diff: "Diff") -> list[str]:
     lines.append("random streams: " + _streams(diff))
     lines.append("public names: " + _names(diff))
     lines += [f"  {d.name}: {d.words}" for d in [d for d in diff.names if d.matters][:_TOLD]]
-    added = [case.name for case in diff.cases if case.effect is Effect.NEW]
-    if added:
-        lines.append(f"new cases: {', '.join(added)}")
+    for effect in (Effect.GONE, Effect.NEW):
+        found = [case.name for case in diff.cases if case.effect is effect]
+        lines += [f"{len(found)} cases {effect}: {_few(found)}"] if found else []
     return lines
 
 

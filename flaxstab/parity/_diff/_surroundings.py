@@ -71,8 +71,8 @@ def _changed(name: str, old: tuple[str, ...], new: tuple[str, ...]) -> Iterator[
         yield NameDiff(name, "parameter gone", f"{key} is no longer taken")
     for key in (k for k in after if k not in before and k != "*"):
         required = "" if after[key] or key.startswith("*") else ", which has no default"
-        change = "parameter new" if not required else "default"
-        yield NameDiff(name, change, f"{key}{'=' * bool(after[key])}{after[key]}{required} is new")
+        words = f"{key}{'=' * bool(after[key])}{after[key]} is new{required}"
+        yield NameDiff(name, "default" if required else "parameter new", words)
     for key in (k for k in before if k in after and before[k] != after[k]):
         words = f"{key}={before[key] or '(none)'} became {after[key] or '(none)'}"
         yield NameDiff(name, "default", words)

@@ -114,6 +114,11 @@ class CaseDiff(NamedTuple):
     compared: int = 0
     torch: Origin = "live"
 
+    @property
+    def breaks(self) -> bool:
+        """Whether what was right is so no longer."""
+        return self.effect in BREAKING
+
 
 class NameDiff(NamedTuple):
     """What became of a public name.

@@ -5,7 +5,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import IO, NamedTuple, cast
+from typing import IO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -158,7 +158,7 @@ def read_member(file: zipfile.ZipFile, name: str, largest: int) -> bytes:
         raise ValueError(f"{name} must have {largest} bytes at most, got {info.file_size}")
     try:
         with file.open(info) as stream:
-            return cast(bytes, stream.read(largest + 1))
+            return stream.read(largest + 1)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise ValueError(f"{name} must be whole, got {error}") from None
 

@@ -1,6 +1,6 @@
 """What is recorded: two sides and how they are compared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,14 +12,16 @@ from flax import nnx
 from flaxstab import interop
 from flaxstab._checks import check
 from flaxstab._typing import DTypeLike, PyTree
-from flaxstab.parity._compare import check_options, checked_inputs
+from flaxstab.parity._carry import Weights
+from flaxstab.parity._compare import checked_inputs
 from flaxstab.parity._inputs import Layout, Values
 from flaxstab.parity._lockstep import STEPS
-from flaxstab.parity._models import Pair, Weights
 from flaxstab.parity._optimizers import compare_optimizers
+from flaxstab.parity._options import check_dtypes, check_options
 from flaxstab.parity._program import NNXProgram
 from flaxstab.parity._record._baseline import Kind
-from flaxstab.parity._recorded import RecordedSide, RecordedSteps
+from flaxstab.parity._record._pair import WatchedPair
+from flaxstab.parity._recorded import RecordedSteps
 from flaxstab.parity._replay import drawn_by
 from flaxstab.parity._report import Report, Tolerance, check_tolerances
 from flaxstab.parity._steps import TrainStep, ten_batches, train_both
@@ -27,7 +29,7 @@ from flaxstab.parity._torch_side import Rename, TorchSide
 from flaxstab.parity._watched import StepWatch, Watched
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 class Subject(NamedTuple):
@@ -51,13 +53,13 @@ class Subject(NamedTuple):
     """
 
     flax_side: object
-    torch_side: "torch.nn.Module | Callable[..., PyTree] | TrainStep | RecordedSide | RecordedSteps"
+    torch_side: PyTree
     inputs: Sequence[PyTree]
     layout: Layout = None
     weights: Weights = "torch"
     rename: Rename | None = None
     dtypes: Sequence[DTypeLike] = (np.float32,)
-    witness: "torch.nn.Module | Callable[..., PyTree] | TrainStep | None" = None
+    witness: PyTree = None
     tolerances: Sequence[Tolerance] = ()
     seed: int = 0
     steps: int = 0
@@ -94,7 +96,8 @@ def run(subject: Subject) -> Run:
     Raises:
       ValueError: as :func:`compare`.
     """
-    check_options(subject.layout, subject.weights, subject.rename, subject.dtypes)
+    check_options(subject.layout, subject.weights, subject.rename)
+    check_dtypes(subject.dtypes)
     if isinstance(subject.flax_side, TrainStep):
         return _training(subject, subject.flax_side)
     arrays = checked_inputs(subject.inputs)
@@ -107,13 +110,14 @@ def run(subject: Subject) -> Run:
             tolerances=allowed, witness=subject.witness, seed=subject.seed, watch=watch,
         )  # fmt: skip
         return Run("optimizer", report, watch.watched, inputs)
-    pair = Pair(
+    pair = WatchedPair(
         subject.flax_side, subject.torch_side, arrays, layout=subject.layout,
         weights=subject.weights, rename=subject.rename, witness=subject.witness,
     )  # fmt: skip
-    options = {"dtypes": subject.dtypes, "seed": subject.seed}
-    report = pair.judge(arrays, tolerances=allowed, **options)
-    watched, buffers = pair.watch(arrays, **options), tuple(sorted(pair.buffer_names()))
+    dtypes, seed = subject.dtypes, subject.seed
+    report = pair.judge(arrays, dtypes=dtypes, tolerances=allowed, seed=seed)
+    watched = pair.watch(arrays, dtypes=dtypes, seed=seed)
+    buffers = tuple(sorted(pair.buffer_names()))
     draws = _draws(subject.flax_side)
     return Run("model", report, watched, inputs, pair.tensors(), buffers, draws=draws)
 
@@ -131,8 +135,8 @@ def _training(subject: Subject, flax_side: TrainStep) -> Run:
         witness=subject.witness, tolerances=subject.tolerances, watch=watch,
     )  # fmt: skip
     inputs = _named_inputs(subject)
-    side = theirs.side if isinstance(theirs, RecordedSteps) else None
-    side = side or TorchSide(theirs.model, subject.rename)
+    recorded = isinstance(theirs, RecordedSteps)
+    side = theirs.side if recorded else TorchSide(theirs.model, subject.rename)
     ours = watch.watched.jax.get("float64", {})
     optional = tuple(n for n in watch.watched.torch.get("float64", {}) if n not in ours)
     return Run(

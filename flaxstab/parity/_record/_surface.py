@@ -16,10 +16,6 @@ MODULES = (
     "flaxstab.models", "flaxstab.norms", "flaxstab.optim", "flaxstab.parity", "flaxstab.surgery",
     "flaxstab.training",
 )  # fmt: skip
-_STARS = {
-    inspect.Parameter.VAR_POSITIONAL: "*",
-    inspect.Parameter.VAR_KEYWORD: "**",
-}
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _LONGEST = 80
 
@@ -62,16 +58,23 @@ def _parameters(value: object) -> tuple[str, ...]:
             inspect.Parameter.KEYWORD_ONLY,
             inspect.Parameter.VAR_POSITIONAL,
         )
-        words = _STARS.get(parameter.kind, "") + parameter.name
+        words = _stars(parameter) + parameter.name
         if parameter.default is not inspect.Parameter.empty:
             words += f"={_default(parameter.default)}"
         found.append(words)
     return tuple(found)
 
 
+def _stars(parameter: inspect.Parameter) -> str:
+    if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+        return "*"
+    return "**" if parameter.kind is inspect.Parameter.VAR_KEYWORD else ""
+
+
 def _default(value: object) -> str:
     """Returns a default as it would be written; of functions their name."""
-    if inspect.isroutine(value) or inspect.isclass(value):
-        return getattr(value, "__qualname__", type(value).__name__)
+    name = getattr(value, "__qualname__", "")
+    if name and callable(value):
+        return str(name)
     words = _ADDRESS.sub("", " ".join(repr(value).split()))
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]}..."

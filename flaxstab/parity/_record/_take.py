@@ -59,8 +59,13 @@ def attempt(make: Callable[[], tuple[Report, Record]]) -> Record:
     try:
         return make()[1]
     except Exception as error:  # of a user's model or a framework: any
-        words = " ".join(str(error).split())[:_SENTENCE]
-        return Record(Facts("none", f"{type(error).__name__}: {words}", "absent"))
+        return failure(error)
+
+
+def failure(error: Exception) -> Record:
+    """Returns the record of a case that could not be compared."""
+    words = " ".join(str(error).split())[:_SENTENCE]
+    return Record(Facts("none", f"{type(error).__name__}: {words}", "absent"))
 
 
 def recorded_side(source: Record) -> RecordedSide | RecordedSteps:
@@ -110,7 +115,8 @@ def _record(subject: Subject, found: Run, *, recorded: bool) -> Record:
     watched, report = found.watched, found.report
     groups: dict[str, Values] = {f"jax {kind}": values for kind, values in watched.jax.items()}
     groups |= {f"torch {kind}": values for kind, values in watched.torch.items()}
-    values, hashes = {}, {}
+    values: dict[str, Values] = {}
+    hashes: dict[str, str] = {}
     for group, arrays in groups.items():
         values[group], large = folded({n: _plain(a) for n, a in arrays.items()})
         hashes |= {f"{group} {name}": word for name, word in large.items()}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from flaxstab.parity._selftest._plant import Fault
+from flaxstab.parity._words import aligned
 
 RIGHT = 0.99  # of the faults must be found on the side where they are
 
@@ -132,11 +133,4 @@ def _outcomes(outcomes: Sequence[Outcome]) -> str:
     ]  # fmt: skip
     counts = (f"{letters[k]} {k} ({sum(k in o.kinds for o in outcomes)})" for k in kinds)
     legend = f"seen by: {', '.join(counts)}"
-    return f"{aligned(rows)}\n\n{legend}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows of words as lines with aligned columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(w.ljust(n) for w, n in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join([*aligned(rows), "", legend])
