@@ -8,9 +8,9 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import DTypeLike
+from flaxstab.parity._carry import carry
 from flaxstab.parity._compare import compare
 from flaxstab.parity._inputs import Layout
-from flaxstab.parity._models import carry
 from flaxstab.parity._program import NNXProgram
 from flaxstab.parity._report import Report, Tolerance
 from flaxstab.parity._torch_side import Rename, TorchSide
