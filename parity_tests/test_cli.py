@@ -11,6 +11,7 @@ from flaxstab import cli
 from flaxstab.parity import _selftest
 from flaxstab.parity._selftest import Table
 from flaxstab.parity._selftest._table import Clean
+from parity_tests.support.absent import needs_torch
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ["parity", "selftest"]
@@ -61,6 +62,7 @@ def test_bad_arguments_exit_with_2(words: list[str], capsys: pytest.CaptureFixtu
     assert "usage: flaxstab" in capsys.readouterr().err
 
 
+@needs_torch
 def test_an_unknown_fault_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*COMMAND, "--only", "no such fault"]) == 2
     said = capsys.readouterr()
@@ -69,6 +71,7 @@ def test_an_unknown_fault_is_refused_in_one_line(capsys: pytest.CaptureFixture[s
     assert said.err.count("\n") == 1
 
 
+@needs_torch
 @pytest.mark.parametrize(("alarms", "code"), [((), 0), (("output",), 1)])
 def test_the_exit_code_tells_whether_the_self_test_passed(
     alarms: tuple[str, ...],
@@ -89,6 +92,7 @@ def test_the_exit_code_tells_whether_the_self_test_passed(
     assert "clean cases without alarm" in capsys.readouterr().out
 
 
+@needs_torch
 def test_one_fault_is_planted_found_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*COMMAND, "--side", "both", "--only", "tanh GELU"]) == 0
     shown = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ class Stage:
         self.versions = {**SOUND, "torch": None}
         self.imports = dict.fromkeys(("numpy", "jax", "flax", "optax"), "")
         self.verdict = "safe"
+        self.names: list[dict[str, str]] = []
 
     def __call__(self, words: Sequence[str]) -> Ended:
         self.calls.append([*words])
@@ -69,7 +71,7 @@ class Stage:
     _after = _before
 
     def _diff(self, words: Sequence[str], ended: Ended) -> Ended:
-        data = json.dumps({"verdict": self.verdict})
+        data = json.dumps({"verdict": self.verdict, "names": self.names})
         Path(words[words.index("--json") + 1]).write_text(data)
         return ended
 
@@ -81,7 +83,10 @@ class Stage:
 def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Stage]:
     def play(**ends: Ended | list[Ended]) -> Stage:
         played = Stage(tmp_path, **ends)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         monkeypatch.setattr(_upgrade, "call", played)
+        here = {**SOUND, "torch": "2.13.0+cpu", "jaxlib": "0.10.2"}
+        monkeypatch.setattr(_upgrade, "installed", lambda: here)
         pretend(monkeypatch)
         return played
 
@@ -135,6 +140,20 @@ def test_a_new_torch_computes_and_takes_the_same_inputs(stage: Callable[..., Sta
     (after,) = played.called("-I", "record")
     assert after[-2] == "--inputs-from"
     assert "torch==2.14.1" in played.called("install")[0]
+
+
+def test_names_that_changed_are_listed(
+    stage: Callable[..., Stage], capsys: pytest.CaptureFixture[str]
+) -> None:
+    played = stage()
+    played.names = [
+        {"name": f"{package}.f{n}", "change": "gone", "words": "f(x)"}
+        for package in ("jax", "flaxstab") for n in range(43)
+    ]  # fmt: skip
+    assert upgrade("--to", "jax==0.11.0") == 0
+    shown = capsys.readouterr().out
+    assert "  jax.f39 [gone] f(x)\n  and 3 more: see diff.json" in shown
+    assert "flaxstab.f0" not in shown
 
 
 def test_a_baseline_of_before_is_used_and_an_environment_kept(
@@ -279,7 +298,10 @@ def test_an_environment_is_really_made_and_the_current_one_is_untouched(tmp_path
     before = _isolated.installed()
 
     def without_network(words: Sequence[str]) -> Ended:
-        return GOOD if "install" in words else _upgrade.call(words)
+        if "install" in words:
+            return GOOD
+        quick = ["--without-pip"] if "venv" in words else []
+        return _upgrade.call([*words[:3], *quick, *words[3:]])
 
     made = tmp_path / "made"
     python = _isolated.build(made, {"jax": "0.11.0"}, without_network, here=before)

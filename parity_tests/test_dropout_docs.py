@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flaxstab import dropout
+from parity_tests.support.absent import needs_torch
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks").is_dir():
@@ -53,6 +54,7 @@ def figures() -> dict[str, dict[str, float]]:
     return benchmark.main(["--shapes", "64x96", "--dtypes", "bfloat16", "--rounds", "1"])
 
 
+@needs_torch
 def test_the_table_says_what_the_script_counts(figures: dict[str, dict[str, float]]) -> None:
     """Bytes and hashes per element do not depend on the size; times do, and on the machine."""
     names = ["flaxstab", "nnx", "flaxstab, philox4x32", "nnx, philox4x32", "torch"]

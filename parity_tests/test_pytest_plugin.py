@@ -58,6 +58,7 @@ def pytest_output(folder: Path, *arguments: str, **extra: str) -> str:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> str:
+    pytest.importorskip("torch", reason="needs torch, which is not installed")
     folder = tmp_path_factory.mktemp("suite")
     (folder / "my_port.py").write_text("from parity_tests.support.my_port import *\n")
     (folder / "test_mine.py").write_text(blocks("<!-- port -->") + OTHERS)

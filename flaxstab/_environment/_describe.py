@@ -10,7 +10,7 @@ from flaxstab import __version__
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "torch", "numpy", "ml_dtypes", "jaxtyping",
-    "orbax-checkpoint", "safetensors", "rich", "pytest",
+    "orbax-checkpoint",
 )  # fmt: skip
 PLUGINS = ("jax-cuda", "jax-rocm", "jax-metal", "libtpu", "triton", "nvidia-cudnn")
 SETTINGS = (

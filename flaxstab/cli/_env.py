@@ -141,9 +141,9 @@ def _verdict(found: Sequence[Finding]) -> Iterable[str]:
         yield "Nothing is known to be wrong here."
     for each in found:
         mark = "WRONG: " if each.level == "bad" else "note: "
-        yield from _wrapped(mark + each.what)
+        yield from wrapped(mark + each.what)
         if each.fix:
-            yield from _wrapped(each.fix, "  -> ")
+            yield from wrapped(each.fix, "  -> ")
 
 
 def _ahead(versions: Mapping[str, str | None]) -> Iterable[str]:
@@ -152,18 +152,20 @@ def _ahead(versions: Mapping[str, str | None]) -> Iterable[str]:
         yield ""
         yield "Known changes of newer releases (flaxstab parity upgrade --to ... tries them):"
         for known in coming:
-            yield from _told(known)
+            yield from told(known)
 
 
-def _told(known: Incident) -> Iterable[str]:
+def told(known: Incident) -> Iterable[str]:
+    """Returns an incident as lines of a list."""
     ends = f" to {known.until}" if known.until else ""
-    return _wrapped(
+    return wrapped(
         f"{known.package} {known.version}{ends} [{known.kind}] {known.what} ({known.reference})",
         "  ",
     )
 
 
-def _wrapped(words: str, indent: str = "") -> Iterable[str]:
+def wrapped(words: str, indent: str = "") -> Iterable[str]:
+    """Returns words as lines that fit a screen."""
     return textwrap.wrap(
         words, WIDTH, initial_indent=indent, subsequent_indent=" " * (len(indent) + 2),
         break_long_words=False, break_on_hyphens=False,
@@ -187,7 +189,7 @@ def _show_changes(
         return PASSED
     _say([", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)])
     for each in known:
-        _say(_told(each))
+        _say(told(each))
     if not known:
         _say(["  Nothing is known to have changed between them. That is no proof:"
               " flaxstab parity upgrade runs both."])  # fmt: skip

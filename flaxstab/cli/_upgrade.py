@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -24,10 +23,12 @@ from flaxstab._environment import (
 )
 from flaxstab._files import write_whole
 from flaxstab.cli._command import FAILED, PASSED, refuse, tell
+from flaxstab.cli._env import told, wrapped
 
 if TYPE_CHECKING:
     from flaxstab.cli._command import Actions
 
+NAMES = 40  # shown of those that changed
 LIMIT = 3600.0  # seconds for one step
 NEEDED = ("numpy", "jax", "flax", "optax")
 SHOWN = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
@@ -88,7 +89,7 @@ def run(given: argparse.Namespace) -> int:
 
 def _check(given: argparse.Namespace, pins: Mapping[str, str]) -> None:
     """Raises a ``ValueError`` for what cannot be carried out."""
-    now = packages()
+    now = {**packages(), **installed()}
     if all(version and version == (now.get(name) or "").partition("+")[0]
            for name, version in pins.items()):  # fmt: skip
         raise ValueError(f"to must name a version that is not installed, got {given.to!r}.")
@@ -175,8 +176,20 @@ def _compare(given: argparse.Namespace, python: Path, reports: Path, *, torch: b
     ended = call([sys.executable, *COMMAND, "parity", "diff", str(old), str(new), *written])
     if ended.code not in (PASSED, FAILED):
         raise _RefusalError(f"the two records cannot be compared: {_end(ended)}")
-    word = json.loads((reports / "diff.json").read_text(encoding="utf-8"))["verdict"]
-    return Verdict(word, "", ended.out)
+    found = json.loads((reports / "diff.json").read_text(encoding="utf-8"))
+    details = "\n".join([ended.out.strip(), *_changed_names(found.get("names", ()))])
+    return Verdict(found["verdict"], "", details)
+
+
+def _changed_names(names: Sequence[Mapping[str, str]]) -> Iterable[str]:
+    """Returns which public names of the frameworks are new, gone or called otherwise."""
+    theirs = [name for name in names if not name["name"].startswith("flaxstab.")]
+    if theirs:
+        yield "Public names that changed:"
+    for name in theirs[:NAMES]:
+        yield from wrapped(f"{name['name']} [{name['change']}] {name['words']}", "  ")
+    if len(theirs) > NAMES:
+        yield f"  and {len(theirs) - NAMES} more: see diff.json (--report FOLDER)"
 
 
 def _recorded(ended: Ended, file: Path) -> bool:
@@ -229,8 +242,4 @@ def _shown(
         yield ""
         yield "Known changes between these versions:"
         for each in known:
-            yield from textwrap.wrap(
-                f"{each.package} {each.version} [{each.kind}] {each.what} ({each.reference})", 96,
-                initial_indent="  ", subsequent_indent="    ", break_long_words=False,
-                break_on_hyphens=False,
-            )  # fmt: skip
+            yield from told(each)

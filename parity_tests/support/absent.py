@@ -12,6 +12,9 @@ from typing import TypeVar
 import pytest
 
 CHECKOUT = "not part of the wheel"
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="needs torch, which is not installed"
+)
 Report = TypeVar("Report", pytest.CollectReport, pytest.TestReport)
 ABSENT = "which is not installed"
 EXTRAS = ("torch", "matplotlib", "safetensors")  # flaxstab's, and no others
