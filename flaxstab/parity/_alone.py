@@ -27,10 +27,14 @@ Gradients = Callable[..., tuple[PyTree, PyTree, PyTree]]
 
 
 class Programs:
-    """What was compiled, kept for layers of the same type, settings and call."""
+    """What was compiled, kept for layers of the same type, settings and call.
 
-    def __init__(self) -> None:
-        self._known: dict[object, Gradients] = {}
+    Args:
+      base: programs that are taken where they fit, and not added to.
+    """
+
+    def __init__(self, base: "Programs | None" = None) -> None:
+        self._known: dict[object, Gradients] = {} if base is None else dict(base._known)
         self._kept: list[object] = []  # so that their ids stay theirs
 
     def gradients(self, graph: nnx.GraphDef[nnx.Module], form: Form, bits: int | None) -> Gradients:

@@ -65,10 +65,16 @@ class Locator:
       side: PyTorch's.
       fed: what both are given.
       dtype: a lower precision to judge, too, or float64.
+      programs: what was compiled for layers like these.
     """
 
     def __init__(
-        self, program: NNXProgram, side: TorchSide, fed: Inputs, dtype: DTypeLike = np.float64
+        self,
+        program: NNXProgram,
+        side: TorchSide,
+        fed: Inputs,
+        dtype: DTypeLike = np.float64,
+        programs: Programs | None = None,
     ) -> None:
         if side.module is None:
             raise ValueError("side must hold a torch.nn.Module, got a function.")
@@ -76,7 +82,7 @@ class Locator:
         self._module = side.module
         self._exact = Precision(np.float64, dtype)
         self._modules = interop.named_modules(program.module)
-        self._programs = Programs()
+        self._programs = programs or Programs()
         self._twins = self._paired()
 
     def _paired(self) -> dict[str, str]:
