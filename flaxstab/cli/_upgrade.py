@@ -234,7 +234,7 @@ def _shown(
     for name in SHOWN:
         old, new = here.get(name), there.get(name)
         if new is None and old is not None:
-            yield f"{name:10} {old} (recorded)"
+            yield f"{name:10} {old} (unchanged, not installed there)"
         elif old != new:
             yield f"{name:10} {old} -> {new}"
         else:
