@@ -28,7 +28,6 @@ from flaxstab.cli._env import told, wrapped
 if TYPE_CHECKING:
     from flaxstab.cli._command import Actions
 
-NAMES = 40  # shown of those that changed
 LIMIT = 3600.0  # seconds for one step
 NEEDED = ("numpy", "jax", "flax", "optax")
 SHOWN = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
@@ -153,7 +152,8 @@ def _environment(
 
 def _explained(versions: Mapping[str, str | None]) -> str:
     """Returns what is known of a pair that cannot be used together; '' if nothing."""
-    return "\n".join(f"{found.what} {found.fix}" for found in pair_findings(versions))
+    found = pair_findings(versions)
+    return "\n".join(line for each in found for line in wrapped(f"{each.what} {each.fix}"))
 
 
 def _compare(given: argparse.Namespace, python: Path, reports: Path, *, torch: bool) -> Verdict:
@@ -178,18 +178,22 @@ def _compare(given: argparse.Namespace, python: Path, reports: Path, *, torch: b
         raise _RefusalError(f"the two records cannot be compared: {_end(ended)}")
     found = json.loads((reports / "diff.json").read_text(encoding="utf-8"))
     details = "\n".join([ended.out.strip(), *_changed_names(found.get("names", ()))])
-    return Verdict(found["verdict"], "", details)
+    why = str(found["headline"]).removeprefix(f"{found['verdict']}: ")
+    return Verdict(found["verdict"], why, details)
 
 
-def _changed_names(names: Sequence[Mapping[str, str]]) -> Iterable[str]:
-    """Returns which public names of the frameworks are new, gone or called otherwise."""
-    theirs = [name for name in names if not name["name"].startswith("flaxstab.")]
-    if theirs:
+def _changed_names(names: Iterable[Mapping[str, str]]) -> Iterable[str]:
+    """Returns which public names of the frameworks are gone, called otherwise or new."""
+    changes: dict[tuple[bool, str], list[str]] = {}
+    for name in names:
+        if not name["name"].startswith("flaxstab."):
+            new = name["change"] == "new"
+            words = "new" if new else f"{name['change']}: {name['words']}"
+            changes.setdefault((new, words), []).append(name["name"])
+    if changes:
         yield "Public names that changed:"
-    for name in theirs[:NAMES]:
-        yield from wrapped(f"{name['name']} [{name['change']}] {name['words']}", "  ")
-    if len(theirs) > NAMES:
-        yield f"  and {len(theirs) - NAMES} more: see diff.json (--report FOLDER)"
+    for (_, words), changed in sorted(changes.items()):
+        yield from wrapped(f"{words}: {', '.join(changed)}", "  ")
 
 
 def _recorded(ended: Ended, file: Path) -> bool:
@@ -201,6 +205,7 @@ def call(words: Sequence[str]) -> Ended:
     """Runs a command that ends within an hour, apart from this process's own import path."""
     own = words[0] == sys.executable
     env = {name: value for name, value in os.environ.items() if own or name != "PYTHONPATH"}
+    env.setdefault("COLUMNS", "100")
     try:
         ended = subprocess.run(  # noqa: S603
             words, capture_output=True, text=True, check=False, env=env, timeout=LIMIT,
@@ -229,7 +234,7 @@ def _shown(
     for name in SHOWN:
         old, new = here.get(name), there.get(name)
         if new is None and old is not None:
-            yield f"{name:10} {old} (recorded)"
+            yield f"{name:10} {old} (unchanged, not installed there)"
         elif old != new:
             yield f"{name:10} {old} -> {new}"
         else:

@@ -35,8 +35,9 @@ from flaxstab.parity._verdict import (
     judge_numerics,
     judge_semantics,
     of_cancelling,
+    other_dtype,
+    outvoted,
     repeated_draws,
-    the_wrong_one,
     unit_of_worst,
     vanishes,
 )
@@ -44,7 +45,6 @@ from flaxstab.parity._verdict import (
 if TYPE_CHECKING:
     import torch
 
-_PASSED_ON = ("output", "evaluation", "grad input")  # what the next layer sees the dtype of
 _REDRAWS = 2
 
 
@@ -213,7 +213,7 @@ class Pair:
     ) -> list[Finding]:
         ours, theirs = exact.ours, exact.theirs
         findings = [
-            (factor_of(n, tolerances) == 1 and _other_dtype(n, "float64", a, theirs[n]))
+            (factor_of(n, tolerances) == 1 and other_dtype(n, "float64", a, theirs[n]))
             or judge_semantics(n, a, theirs[n], magnitudes[n], factor_of(n, tolerances))
             for n, a in ours.items()
             if n in theirs
@@ -246,7 +246,7 @@ class Pair:
             if name in third and name in ours and name in theirs:
                 # Of a result that a fault made constant, JAX's magnitude is 0.
                 size = np.maximum(magnitudes[name], largest(third[name]))
-                return _outvoted(ours[name], theirs[name], third[name], size)
+                return outvoted(ours[name], theirs[name], third[name], size)
             if name.startswith("grad ") and same_outputs and name in ours and name in theirs:
                 return self._off_slope(exact.fed, name, ours[name], theirs[name])
             return ""
@@ -367,7 +367,7 @@ class Pair:
             sides = low.ours[name], low.theirs[name]
             oracles, factor = (exact.ours[name], exact.theirs[name]), factor_of(name, tolerances)
             findings.append(
-                _other_dtype(name, kind.name, *sides)
+                other_dtype(name, kind.name, *sides)
                 or judge_numerics(name, *sides, oracles, unit, kind, factor)
             )
         return findings
@@ -394,21 +394,3 @@ class _Low(NamedTuple):
 def _has_stock_dropout(model: nnx.Module) -> bool:
     modules = (module for _, module in nnx.iter_modules(model))
     return any(isinstance(module, nnx.Dropout) and module.rate > 0 for module in modules)
-
-
-def _other_dtype(name: str, kind: str, ours: np.ndarray, theirs: np.ndarray) -> Finding | None:
-    """Returns the finding that what is passed on has two dtypes, and which is not the inputs'."""
-    passed_on = name.startswith(_PASSED_ON) and not name.startswith("after")
-    if not passed_on or ours.dtype == theirs.dtype or not is_float(ours):
-        return None
-    words = f"the dtypes differ: {ours.dtype} and {theirs.dtype}"
-    side = the_wrong_one(ours.dtype.name == kind, theirs.dtype.name == kind)
-    return differ(name, kind, words, side)
-
-
-def _outvoted(
-    ours: np.ndarray, theirs: np.ndarray, third: np.ndarray, magnitude: np.ndarray
-) -> Side:
-    """Returns the side that disagrees with the witness, if the other agrees with it."""
-    right = [judge_semantics("", side, third, magnitude).passed for side in (ours, theirs)]
-    return the_wrong_one(*right)
