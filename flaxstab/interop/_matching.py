@@ -99,11 +99,11 @@ def _places(layer: Layer) -> list[_Place]:
         paths = [layer.paths[v] for v in entry.variables]
         spots = tuple((path, layer.at) for path in paths)
         variable = ", ".join(".".join(map(str, path)) + index for path in paths)
-        places.append(_Place(layer, entry, names, _expected(layer, entry), spots, variable))
+        places.append(_Place(layer, entry, names, expected_shapes(layer, entry), spots, variable))
     return places
 
 
-def _expected(layer: Layer, entry: Entry) -> tuple[Shape, ...]:
+def expected_shapes(layer: Layer, entry: Entry) -> tuple[Shape, ...]:
     """Returns the tensors' shapes, without a look at the model's values."""
     if entry.shapes is not None:
         return entry.shapes
