@@ -218,7 +218,7 @@ class Converter:
         parts: dict[str, nnx.Module] = {}
         for name, child in children.items():
             built = self._part(child, place)
-            before = None if place == "flat" or built.takes == place else built.takes
+            before = None if place in ("flat", built.takes) else built.takes
             moves.append(before)
             place = built.gives or before or place
             parts[name] = built.module
