@@ -86,7 +86,7 @@ def _holding(layer: Layer, arrays: Mapping[str, np.ndarray]) -> Layer:
     """Returns a layer with other values, by Flax's paths."""
 
     def leaf(name: str) -> Leaf:
-        array = arrays[_dotted(layer.paths[name])][(*layer.at, ...)]
+        array = np.asarray(arrays[_dotted(layer.paths[name])][layer.at])
         return Leaf(array.shape, array.dtype, lambda: array)
 
     return layer._replace(values={name: leaf(name) for name in layer.values})

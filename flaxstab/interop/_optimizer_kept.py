@@ -58,7 +58,7 @@ class Kept:
     def of(self, group: Group) -> dict[str, tuple[np.ndarray, ...]]:
         """Returns what is kept of a group of parameters, by torch's names."""
         return {
-            key: tuple(self.arrays[key][path][(*group.at, ...)] for path in group.paths)
+            key: tuple(np.asarray(self.arrays[key][path][group.at]) for path in group.paths)
             for key in self.keys(group.paths[0])
         }
 
@@ -141,7 +141,7 @@ def one_of(values: list[PyTree], what: str, group: Group) -> PyTree:
     """Returns the one value that all have."""
     check(
         all(value == values[0] for value in values),
-        f"parameters that one side keeps in one array must have the same {what}",
+        f"what is one array on either side must have the same {what}",
         tensors=group.tensors,
         found=values,
     )
