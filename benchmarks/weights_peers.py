@@ -15,13 +15,14 @@ in evaluation. Here the weights are loaded, and checked:
   as many parameters as the peer counts;
 - round trip: what flaxstab writes back is the same, bit by bit;
 - logits and gradients in float32: their distance from PyTorch's float64, over that of its own
-  float32. Logits: the largest element, at most 2. Gradients: the root mean square over all
-  parameters, at most 2; and the tensors whose largest error is above twice PyTorch's plus 2 eps of
-  the tensor's largest value. In float32 a value may round to the other side of ReLU's kink, on
-  either side, and change every gradient below it: where gradients fail, other images are drawn, up
-  to twice, and the row says how often;
+  float32. Logits: the root mean square, at most 2; and the largest element, at most twice PyTorch's
+  plus 2 eps of the largest logit (one element of 2,000 is a matter of chance). Gradients: the root
+  mean square over all parameters, at most 2; and how many tensors' largest error is above twice
+  PyTorch's plus 2 eps of the tensor's largest value. In float32 a value may round to the other side
+  of ReLU's kink, on either side, and change every gradient below it: where gradients fail, other
+  images are drawn, up to twice, and the row says how often;
 - float64: the largest distance over the largest value (of logits; of the worst gradient), at most
-  1e-12 times the depth in layers for logits: the same program.
+  1e-12: the same program.
 
 Exit code 1 if a model fails. Takes about 10 minutes for all on one core.
 """
@@ -195,9 +196,12 @@ def _distances(
     if bits == 64:
         return {"logits 64": error / size, "worst gradient 64": worst}
     base = np.abs(found["logits 32"] - exact).max()
+    rms, own = (np.sqrt(np.mean((a - exact) ** 2)) for a in (logits, found["logits 32"]))
     return {
         "logits: torch": base / size,
-        "logits: ours / torch": error / base,
+        "logits: ours / torch": rms / own,
+        "largest logit: ours / torch": error / base,
+        "largest logit within": bool(error <= 2 * base + 2 * EPS * size),
         "gradients: ours / torch": float(np.sqrt(ours / theirs)),
         "gradients above": f"{above} of {len(names)}",
     }
@@ -208,8 +212,9 @@ def _passed(row: Mapping[str, object]) -> bool:
         row["accounted for"]
         and row["round trip"]
         and row["logits: ours / torch"] <= 2
+        and row["largest logit within"]
         and row["gradients: ours / torch"] <= 2
-        and row["logits 64"] <= 1e-12
+        and max(row["logits 64"], row["worst gradient 64"]) <= 1e-12
     )
 
 

@@ -10,8 +10,6 @@ import pytest
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
-    from flax import nnx
 
     from flaxstab._typing import DTypeLike, PyTree
     from flaxstab.parity import Report, Tolerance, TrainStep
@@ -51,8 +49,8 @@ class Parity:
 
     def verify(
         self,
-        flax_model: "nnx.Module",
-        torch_model: "torch.nn.Module",
+        flax_model: "PyTree",
+        torch_model: "PyTree",
         *inputs: "np.ndarray",
         layout: Literal["image"] | None = None,
         rename: Callable[[str], str] | None = None,

@@ -14,7 +14,7 @@ import torch
 from flax import nnx
 from torch import nn
 
-from flaxstab import attention, interop, linear, norms
+from flaxstab import attention, interop, linear, models, norms
 from flaxstab.interop import _torch_functions, _torch_layers
 from parity_tests.support.block_twins import (
     Outcome,
@@ -27,6 +27,7 @@ from parity_tests.support.block_twins import (
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same
 from parity_tests.support.torch_modules import CASES, REFUSED, Doubled, Net, Renamed
+from torch_ref.resnet import ResNet
 
 PAIRS = {name: Pair(lambda **_: None, case.make, case.shape) for name, case in CASES.items()}
 
@@ -334,3 +335,36 @@ def test_torch_is_not_imported() -> None:
     code = "import sys, flaxstab.interop as i\ntry: i.from_torch(3)\nexcept ValueError: pass\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603
+
+
+@pytest.mark.parametrize(("kind", "stem"), [("basic", "imagenet"), ("bottleneck", "cifar")])
+def test_a_resnet_becomes_flaxstabs(kind: str, stem: str) -> None:
+    module = ResNet(kind, (1, 1), 5, stem, 4).double().eval()
+    module.layer1[0].bn1.eps, module.layer2[0].bn2.momentum = 1e-2, 0.3
+    module.bn1.train()
+    module.conv1.stride = (3, 3)
+    twin = from_torch(module)
+    assert type(twin) is models.ResNet
+    assert twin.layer1[0].bn1.eps == 1e-2
+    assert twin.layer2[0].bn2.momentum == 0.3
+    assert not twin.bn1.use_running_average
+    back, state = interop.state_dict(twin), module.state_dict()
+    assert all(back[n].tobytes() == t.numpy().tobytes() for n, t in state.items())
+    twin.eval()
+    module.eval()
+    images = values(2, 16, 17, 3)
+    with jax.enable_x64(True):
+        assert_same(twin(jnp.asarray(images)), module(torch.tensor(images).movedim(-1, 1)))
+
+
+def test_a_resnet_with_other_parts_is_refused_by_their_name() -> None:
+    module = ResNet("basic", (1,), 5, "cifar", 4)
+    module.bn1 = nn.GroupNorm(2, 4)
+    with pytest.raises(ValueError, match=r"plain blocks, got parts=\['GroupNorm'\]"):
+        interop.from_torch(module)
+    with pytest.raises(ValueError, match=r"plain blocks, got parts=\['PreActResBlock'\]"):
+        interop.from_torch(ResNet("preact", (1,), 5, "cifar", 4))
+    module = ResNet("basic", (1,), 5, "imagenet", 4)
+    module.maxpool = nn.MaxPool2d(2)
+    with pytest.raises(ValueError, match="stem pools 3x3 by 2"):
+        interop.from_torch(module)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, auto
+from types import EllipsisType
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +93,12 @@ class Layer(NamedTuple):
     paths: Mapping[str, Path]
     ignored: tuple[str, ...] = ()
     at: tuple[int, ...] = ()
+
+
+def part(array: np.ndarray, at: tuple[int, ...]) -> np.ndarray:
+    """Returns one layer of a stack, in the same memory, also where that is a single number."""
+    place: tuple[EllipsisType | int, ...] = (*at, ...)
+    return array[place]
 
 
 def tensors_of(layers: Iterable[Layer]) -> dict[str, np.ndarray]:

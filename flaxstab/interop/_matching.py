@@ -1,13 +1,14 @@
 """Which tensor of a state_dict goes to which variable of a model, and what does not fit."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
 from flaxstab._checks import check
 from flaxstab._typing import Shape
-from flaxstab.interop._entries import Entry, Kind, Layer, Path, check_distinct
+from flaxstab.interop._entries import Entry, Kind, Layer, Leaf, Path, check_distinct
 from flaxstab.interop._nearest import nearest
 from flaxstab.interop._report import LoadEntry, LoadReport, Outcome
 from flaxstab.interop._suspicions import suspicion
@@ -106,9 +107,14 @@ def expected_shapes(layer: Layer, entry: Entry) -> tuple[Shape, ...]:
     """Returns the tensors' shapes, without a look at the model's values."""
     if entry.shapes is not None:
         return entry.shapes
-    leaves = (layer.values[variable] for variable in entry.variables)
-    blanks = tuple(np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for leaf in leaves)
+    blanks = tuple(_blank(layer.values[variable]) for variable in entry.variables)
     return tuple(tensor.shape for tensor in entry.to_torch(blanks))
+
+
+def _blank(leaf: Leaf) -> np.ndarray:
+    """Returns an array of a variable's shape that takes the memory of one number."""
+    one = np.zeros(1, leaf.dtype)
+    return np.ndarray(leaf.shape, leaf.dtype, one, strides=(0,) * len(leaf.shape))
 
 
 class _Matcher:
@@ -199,12 +205,13 @@ class _Matcher:
                 return False, f"differs from {giver} (one variable in the model)"
             new[spot] = value
         self.values |= new
-        self.giver |= dict.fromkeys(new.keys() - self.giver.keys(), place.names[0])
+        for spot in new:
+            self.giver.setdefault(spot, place.names[0])
         return rounded, ""
 
     def _entry(self, place: _Place, name: str, expected: Shape, outcome: Outcome) -> LoadEntry:
         leaves = [place.layer.values[v] for v in place.entry.variables]
-        dtypes = {str(leaf.dtype) for leaf in leaves}
+        dtypes = {_dtype(leaf.dtype) for leaf in leaves}
         return self._bare(name, outcome, place.entry.kind)._replace(
             variable=place.variable,
             target_shape=expected,
@@ -218,7 +225,7 @@ class _Matcher:
             return LoadEntry("", name, "", None, None, "", "", outcome)
         source, array = self.tensors[name]
         odd = suspicion(array, kind)
-        shape, dtype = array.shape, str(array.dtype)
+        shape, dtype = array.shape, _dtype(array.dtype)
         return LoadEntry(source, name, "", shape, None, dtype, "", outcome, suspicion=odd)
 
     def _others(self, layers: list[Layer], places: list[_Place]) -> list[LoadEntry]:
@@ -240,6 +247,11 @@ def _with_nearest(entries: list[LoadEntry]) -> tuple[LoadEntry, ...]:
     return (
         tuple(e._replace(nearest=found.get(e.name, ())) for e in entries) if found else (*entries,)
     )
+
+
+@cache
+def _dtype(dtype: np.dtype) -> str:
+    return str(dtype)  # NumPy takes its time
 
 
 def _cast(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:

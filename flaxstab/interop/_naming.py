@@ -5,6 +5,7 @@ import numpy as np
 from flax import nnx
 
 from flaxstab._typing import PyTree
+from flaxstab.interop._entries import part
 from flaxstab.interop._flattened import Flattened
 from flaxstab.interop._walk import walk
 
@@ -54,7 +55,7 @@ class Naming:
                 paths = [layer.paths[name] for name in entry.variables]
                 if all(path in flat for path in paths):
                     move = entry.gradient if gradients and entry.gradient else entry.to_torch
-                    arrays = move(tuple(flat[path][(*layer.at, ...)] for path in paths))
+                    arrays = move(tuple(part(flat[path], layer.at) for path in paths))
                     names = (layer.prefix + name for name in entry.tensors)
                     found |= dict(zip(names, arrays, strict=True))
         return found

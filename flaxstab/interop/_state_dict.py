@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 
 from flaxstab._typing import Array
-from flaxstab.interop._entries import Path, tensors_of
+from flaxstab.interop._entries import Path, part, tensors_of
 from flaxstab.interop._flattened import Flattened
 from flaxstab.interop._matching import Rename, Spot, sort_out
 from flaxstab.interop._report import LoadReport
@@ -112,7 +112,7 @@ def _joined(
         if sum(array.size for array in by_index.values()) < whole.size:
             whole[...] = np.asarray(variable[...])
         for index, array in by_index.items():
-            _copy(whole[(*index, ...)], array)
+            _copy(part(whole, index), array)
         copies.append(whole)
     # JAX may share these copies' memory. The tensors' own would change under the model: torch
     # changes them in place (test_the_model_does_not_share_memory_with_the_state_dict).

@@ -168,11 +168,21 @@ def _adaptive_avg_pool(x: Array, output_size: int | Shape | None) -> Array:
     return functional.adaptive_avg_pool(x, wanted)
 
 
-def _pad(x: Array, padding: Shape, mode: str, value: float = 0.0) -> Array:
-    rank = x.ndim - 2
-    pairs = [padding[2 * i : 2 * i + 2] for i in reversed(range(rank))]  # torch: last axis first
-    more = {"constant_values": value} if mode == "constant" else {}
-    return jnp.pad(x, ((0, 0), *pairs, (0, 0)), mode=mode, **more)
+_Mode = Literal["edge", "reflect", "wrap"]
+
+
+def _around(x: Array, padding: Shape) -> list[tuple[int, int]]:
+    """Returns what is added before and behind each axis; PyTorch names the last axis first."""
+    space = [(padding[2 * i], padding[2 * i + 1]) for i in reversed(range(x.ndim - 2))]
+    return [(0, 0), *space, (0, 0)]
+
+
+def _pad(x: Array, padding: Shape, mode: _Mode) -> Array:
+    return jnp.pad(x, _around(x, padding), mode=mode)
+
+
+def _fill(x: Array, padding: Shape, value: float = 0.0) -> Array:
+    return jnp.pad(x, _around(x, padding), constant_values=value)
 
 
 def _flatten(x: Array, start_dim: int, end_dim: int) -> Array:
@@ -189,12 +199,12 @@ _SHAPED: dict[str, Callable[..., Array]] = {
     "AdaptiveAvgPool": _adaptive_avg_pool,
     "AvgPool": functional.avg_pool,
     "CircularPad": lambda x, padding: _pad(x, padding, "wrap"),
-    "ConstantPad": lambda x, padding, value: _pad(x, padding, "constant", value),
+    "ConstantPad": _fill,
     "Flatten": _flatten,
     "Identity": _identity,
     "MaxPool": functional.max_pool,
     "ReflectionPad": lambda x, padding: _pad(x, padding, "reflect"),
     "ReplicationPad": lambda x, padding: _pad(x, padding, "edge"),
     "Unflatten": _unflatten,
-    "ZeroPad": lambda x, padding: _pad(x, padding, "constant"),
+    "ZeroPad": _fill,
 }

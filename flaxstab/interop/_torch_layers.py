@@ -209,7 +209,7 @@ def _transformer_layer(make: Callable[..., nnx.Module]) -> Callable[[Part], nnx.
 
 def _applied(*options: str) -> Callable[[Part], nnx.Module]:
     def build(part: Part) -> nnx.Module:
-        m, found = part.module, {}
+        m, found = part.module, dict[str, object]()
         for option in options:
             value = getattr(m, option)
             found[option] = tuple(value) if isinstance(value, list | tuple) else value
@@ -317,6 +317,7 @@ REASONS: dict[str, str] = {
     "LSTM": "its twin is nnx.RNN around nnx.OptimizedLSTMCell, which load_state_dict fills",
     "RNN": "its twin is nnx.RNN around nnx.SimpleCell, which load_state_dict fills",
     "GRU": "nnx.GRUCell has no bias inside the reset gate",
+    "ResNet": "it has a forward of its own; flaxstab.models, once imported, knows torchvision's",
     "TransformerEncoder": "it is a loop over its layers, which have twins",
     "TransformerDecoder": "it is a loop over its layers, which have twins",
 }

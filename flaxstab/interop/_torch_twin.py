@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -12,6 +11,7 @@ from flaxstab._checks import check
 from flaxstab._typing import Array, DTypeLike
 from flaxstab.interop._matching import Rename
 from flaxstab.interop._state_dict import load_state_dict
+from flaxstab.interop._torch_checks import check_dtype, check_plain, check_ties
 from flaxstab.interop._torch_containers import Ordered, in_order
 from flaxstab.interop._torch_functions import Applied, Place
 from flaxstab.interop._torch_layers import (
@@ -131,7 +131,7 @@ def from_torch(
     is_module = torch is not None and isinstance(module, torch.nn.Module)
     check(is_module, "module must be a torch.nn.Module", module=type(module).__name__)
     check(layout in ("image", None), "layout must be 'image' or None", layout=layout)
-    _check_ties(module)
+    check_ties(module)
     converter = Converter(module, rngs, layout)
     twin = converter(module)
     carry_modes(twin, module)
@@ -203,7 +203,7 @@ class Converter:
 
     def _contained(self, module: "torch.nn.Module", place: Place) -> _Built:
         name = self._names[id(module)]
-        _check_plain(module, name)
+        check_plain(module, name)
         bare = [n for n, _ in module.named_parameters(recurse=False)]
         if bare:
             raise ValueError(refusal(module, name, f"it holds {bare} beside its layers", _TEACH))
@@ -215,19 +215,20 @@ class Converter:
         return _Built(nnx.List(twins.values()) if is_list else nnx.Dict(twins), None, None)
 
     def _sequential(self, children: "dict[str, torch.nn.Module]", start: Place) -> _Built:
-        place, parts, moves = start, {}, []
+        place, moves = start, list[Place | None]()
+        parts: dict[str, nnx.Module] = {}
         for name, child in children.items():
             built = self._part(child, place)
-            stays = built.takes in (None, place) or place == "flat"
-            moves.append(None if stays else built.takes)
-            place = built.gives or (place if stays else built.takes)
+            before = None if place in ("flat", built.takes) else built.takes
+            moves.append(before)
+            place = built.gives or before or place
             parts[name] = built.module
         return _Built(in_order(parts, moves, None), None, place)
 
     def _layer(self, module: "torch.nn.Module", place: Place) -> _Built:
         del place
         name = self._names[id(module)]
-        _check_plain(module, name)
+        check_plain(module, name)
         taught = _TAUGHT.get(type(module)) or _TAUGHT.get(_full_name(module))
         if taught is not None:
             return _Built(self._taught(module, name, taught), None, None)
@@ -253,13 +254,13 @@ class Converter:
         if wrong:
             raise ValueError(refusal(module, name, f"its part {wrong[0]!r} was replaced", _TEACH))
         for child_name, child in children.items():
-            _check_plain(child, f"{name}.{child_name}" if name else child_name)
+            check_plain(child, f"{name}.{child_name}" if name else child_name)
         kinds = _dtypes(module, recurse=True)
         if len(kinds) > 1:
             found = ", ".join(sorted(str(k) for k in kinds))
             raise ValueError(refusal(module, name, f"it must have one dtype, got {found}"))
         dtype = next(iter(kinds), jnp.dtype("float32"))
-        _check_dtype(module, name, dtype)
+        check_dtype(module, name, dtype)
         try:
             return kind.build(Part(module, name, dtype, self.rngs, self._function))
         except ValueError as error:
@@ -332,44 +333,6 @@ def carry_modes(twin: nnx.Module, module: "torch.nn.Module") -> None:
         for switch in ("use_running_average", "deterministic"):
             if isinstance(vars(part).get(switch), bool):
                 setattr(part, switch, not modes[above])
-
-
-def _check_plain(module: "torch.nn.Module", name: str) -> None:
-    """Refuses weights without values, and what changes a module's result from outside of it."""
-    lazy = [n for n, p in module.named_parameters(recurse=False) if "Uninit" in type(p).__name__]
-    empty = [n for n, t in module.state_dict(keep_vars=True).items() if t.device.type == "meta"]
-    if lazy or empty:
-        fix = "Run it once, or load its weights."
-        raise ValueError(refusal(module, name, f"{(lazy + empty)[0]!r} has no values yet", fix))
-    own = vars(module)
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    fix = "Remove it: a twin would compute without it."
-    for found, what in (
-        (any(own.get(hook) for hook in hooks), "it has a hook"),
-        ("parametrizations" in dict(module.named_children()), "it is parametrized"),
-        ("forward" in own, "its forward was replaced"),
-    ):
-        if found:
-            raise ValueError(refusal(module, name, what, fix))
-
-
-def _check_ties(module: "torch.nn.Module") -> None:
-    """Refuses a parameter that two modules share."""
-    owners: dict[int, tuple[int, str]] = {}
-    for name, owner in module.named_modules():
-        for own, parameter in owner.named_parameters(recurse=False):
-            full = ".".join(filter(None, (name, own)))
-            first = owners.setdefault(id(parameter), (id(owner), full))
-            if first[0] != id(owner):
-                rule = f"{first[1]!r} and {full!r} are one tensor"
-                fix = "Untie them, or teach the whole by register_twin (linear.Embed.attend)."
-                raise ValueError(refusal(owner, name, rule, fix))
-
-
-def _check_dtype(module: object, name: str, dtype: DTypeLike) -> None:
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        fix = "Set jax_enable_x64, or call module.float()."
-        raise ValueError(refusal(module, name, f"JAX holds no {dtype} as it is set", fix))
 
 
 def _dtypes(module: "torch.nn.Module", *, recurse: bool) -> set[jnp.dtype]:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import Array, Shape
-from flaxstab.interop._entries import Entry, Layer, Leaf, Path
+from flaxstab.interop._entries import Entry, Layer, Leaf, Path, part
 from flaxstab.interop._flattened import Flattened, channels_first, is_ambiguous
 from flaxstab.interop._rules import Rule, rule_of
 from flaxstab.interop._stacks import Address, Part, addresses, marked, owners, parts, shown
@@ -336,7 +336,7 @@ def _layer(place: _Place, address: Address, paths: Mapping[str, Path], readers: 
 
     def leaf(name: str) -> Leaf:
         variable = place.held[name]
-        return Leaf(variable.shape[len(at) :], variable.dtype, lambda: readers[name]()[(*at, ...)])
+        return Leaf(variable.shape[len(at) :], variable.dtype, lambda: part(readers[name](), at))
 
     values = {name: leaf(name) for name in place.held}
     prefix = f"{address.name}." if address.name else ""

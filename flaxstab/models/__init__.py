@@ -3,9 +3,11 @@
 ``resnet18(num_classes=1000, *, stem="imagenet", …, rngs)`` and its like are :class:`ResNet` of a
 size, ``vit_tiny_patch16_224(num_classes=1000, *, …, rngs)`` and its like :class:`ViT`: all their
 options apply. ResNets have torchvision's parameters by name and shape, ViTs timm's by
-:func:`from_timm`.
+:func:`from_timm`. :func:`flaxstab.interop.from_torch` knows torchvision's ResNets once this package
+is imported.
 """
 
+from flaxstab.models import _from_torch as _from_torch
 from flaxstab.models._language import LMSize as LMSize
 from flaxstab.models._language import TransformerLM as TransformerLM
 from flaxstab.models._net import NetByApply as NetByApply

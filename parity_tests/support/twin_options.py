@@ -81,6 +81,9 @@ def _norms() -> dict[str, Makers]:
     return rows
 
 
+_ATTENTION = ((True, True, 4, 4), (False, True, 6, 4), (True, False, 4, 5), (False, False, 6, 5))
+
+
 def _attention(bias: bool, more: bool, kdim: int, vdim: int) -> dict[str, Makers]:
     options = (0.0, bias, more, False, kdim, vdim)
     return {
@@ -136,18 +139,11 @@ OPTIONS: dict[str, Makers] = {
     **{
         name: makers
         for rank in (1, 2, 3)
-        for groups in (1, 2, 4)
-        for bias in (True, False)
+        for groups, bias in ((1, False), (2, True), (4, False))
         for name, makers in _conv(rank, groups, bias).items()
     },
     **_norms(),
-    **{
-        name: makers
-        for bias in (True, False)
-        for more in (True, False)
-        for kdim, vdim in ((4, 4), (6, 4), (4, 5), (6, 5))
-        for name, makers in _attention(bias, more, kdim, vdim).items()
-    },
+    **{name: makers for sizes in _ATTENTION for name, makers in _attention(*sizes).items()},
     **_recurrent(),
     **_wholes(),
 }
