@@ -8,7 +8,7 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import Shape
-from flaxstab.interop._entries import Layer, Leaf, Path, tensors_of
+from flaxstab.interop._entries import Layer, Leaf, Path, part, tensors_of
 from flaxstab.interop._matching import Rename, Spot, sort_out
 from flaxstab.interop._report import LoadReport
 from flaxstab.interop._walk import Walked, walk
@@ -86,7 +86,7 @@ def _holding(layer: Layer, arrays: Mapping[str, np.ndarray]) -> Layer:
     """Returns a layer with other values, by Flax's paths."""
 
     def leaf(name: str) -> Leaf:
-        array = np.asarray(arrays[_dotted(layer.paths[name])][layer.at])
+        array = part(arrays[_dotted(layer.paths[name])], layer.at)
         return Leaf(array.shape, array.dtype, lambda: array)
 
     return layer._replace(values={name: leaf(name) for name in layer.values})

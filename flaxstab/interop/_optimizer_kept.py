@@ -11,6 +11,7 @@ from flaxstab._checks import check
 from flaxstab._typing import PyTree
 from flaxstab.functional._paths import Names as Path
 from flaxstab.functional._paths import by_path, path_names
+from flaxstab.interop._entries import part
 from flaxstab.interop._moments import Group
 from flaxstab.interop._optimizer_kinds import is_known, moments, nodes
 from flaxstab.optim._paths import in_order, paths
@@ -58,7 +59,7 @@ class Kept:
     def of(self, group: Group) -> dict[str, tuple[np.ndarray, ...]]:
         """Returns what is kept of a group of parameters, by torch's names."""
         return {
-            key: tuple(np.asarray(self.arrays[key][path][group.at]) for path in group.paths)
+            key: tuple(part(self.arrays[key][path], group.at) for path in group.paths)
             for key in self.keys(group.paths[0])
         }
 
