@@ -142,7 +142,7 @@ def one_of(values: list[PyTree], what: str, group: Group) -> PyTree:
     """Returns the one value that all have."""
     check(
         all(value == values[0] for value in values),
-        f"parameters that one side keeps in one array must have the same {what}",
+        f"what is one array on either side must have the same {what}",
         tensors=group.tensors,
         found=values,
     )
