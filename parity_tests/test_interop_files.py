@@ -113,6 +113,16 @@ def test_a_model_goes_out_to_torch_and_back(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}  # without it transformers refuses a file
 
 
+def test_the_model_does_not_share_memory_with_the_file(tmp_path: Path) -> None:
+    source, model = Two(), Two(1)
+    path = interop.save_safetensors(source, tmp_path / "a.safetensors")
+    interop.load_safetensors(model, path)
+    with path.open("r+b") as file:
+        file.seek(_safetensors.read_header(path).start)
+        file.write(b"\1" * 136)
+    assert same(interop.state_dict(model), interop.state_dict(source))
+
+
 def test_options_are_those_of_load_state_dict(tmp_path: Path) -> None:
     path, model = tmp_path / "a.safetensors", Two()
     tensors = {f"module.{n}": t for n, t in torch_two().state_dict().items() if "bias" not in n}
@@ -183,6 +193,22 @@ def test_an_older_file_of_torch_is_read(tmp_path: Path) -> None:
     path, tensors = tmp_path / "a.pth", torch_two().state_dict()
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
     assert same(interop.read_tensors(path), {n: t.numpy() for n, t in tensors.items()})
+
+
+class Flat(nnx.Module):
+    def __init__(self, seed: int) -> None:
+        self.head = linear.Linear(2 * 3 * 4, 5, rngs=nnx.Rngs(seed))
+
+
+def test_flattened_images_are_written_and_read_channels_first(tmp_path: Path) -> None:
+    source, target, flattened = Flat(0), Flat(1), {"head": (2, 3, 4)}
+    path = tmp_path / "a.safetensors"
+    interop.save_safetensors(source, path, flattened=flattened)
+    plain = interop.state_dict(source)
+    assert same(interop.read_tensors(path), interop.state_dict(source, flattened=flattened))
+    assert not np.array_equal(interop.read_tensors(path)["head.weight"], plain["head.weight"])
+    interop.load_safetensors(target, path, flattened=flattened)
+    assert same(interop.state_dict(target), plain)
 
 
 # Refusals. Each writer gets a folder and returns the path that is asked for.

@@ -241,7 +241,8 @@ def test_a_misfit_is_named_and_nothing_is_loaded() -> None:
     tensors["head.layers_0.weight"] = tensors["head.layers_0.weight"].T
     tensors["extra"] = tensors.pop("head.layers_2.bias")
     message = (
-        r"8 that fit\n  1 missing: head.layers_2.bias\n  1 unexpected: extra\n  "
+        r"8 that fit\n  1 missing: head.layers_2.bias \(perhaps extra\)\n  "
+        r"1 unexpected: extra \(perhaps head.layers_2.bias\)\n  "
         r"1 mismatched: head.layers_0.weight \(4, 5\) for \(5, 4\)\nNothing was loaded\."
     )
     with pytest.raises(ValueError, match=message):

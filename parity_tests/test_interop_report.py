@@ -131,10 +131,14 @@ def test_a_long_report_is_short() -> None:
         interop.load_state_dict(model, tensors)
     assert str(caught.value).split("\n") == [
         "every tensor must fit the model, got 0 that fit",
-        "  50 missing: 0.bias, 1.bias, 2.bias and 47 more",
-        "  100 unexpected: 0.weightx, 0.biasx, 1.weightx and 97 more",
-        "  50 mismatched: 0.weight (3, 3) for (2, 2), 1.weight (3, 3) for (2, 2), "
-        "2.weight (3, 3) for (2, 2) and 47 more",
+        "  50 missing: 0.bias (perhaps 0.biasx), 1.bias (perhaps 1.biasx), 2.bias (perhaps "
+        "2.biasx) and 47 more",
+        "  100 unexpected: 0.weightx (perhaps 0.weight), 0.biasx (perhaps 0.bias), 1.weightx "
+        "(perhaps 1.weight) and 97 more",
+        "  50 mismatched: 0.weight (3, 3) for (2, 2) (perhaps 0.weightx), 1.weight (3, 3) for "
+        "(2, 2) (perhaps 1.weightx), 2.weight (3, 3) for (2, 2) (perhaps 2.weightx) and 47 more",
+        "  50 suspicious: 0.weight constant 1, 1.weight constant 1, 2.weight constant 1 and 47 "
+        "more",
         "Nothing was loaded. Pass rename= for other names, or strict=False to load what fits.",
     ]
 

@@ -13,7 +13,10 @@ from flaxstab import attention, dropout, interop, linear, norms
 from flaxstab.interop import _entries, _rules
 from parity_tests.support.cases import values
 from parity_tests.support.layers import assert_same
+from parity_tests.support.twin_options import OPTIONS
 from parity_tests.support.twins import EXACT, LAYERS, R, Row, T
+
+MAKERS = EXACT | OPTIONS
 
 
 def shuffled(module: T.Module, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -27,7 +30,7 @@ def shuffled(module: T.Module, seed: int = 1) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("ours", "theirs"), EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize(("ours", "theirs"), MAKERS.values(), ids=MAKERS)
 def test_a_round_trip_gives_back_every_bit_under_torchs_names(
     ours: Callable[[], nnx.Module], theirs: Callable[[], T.Module]
 ) -> None:

@@ -156,12 +156,6 @@ def test_a_scanned_resnet_has_the_same_weights_and_numbers() -> None:
             assert float(jnp.abs(one - other).max()) <= bound
 
 
-def test_a_stacked_model_has_other_names_and_interop_says_so() -> None:
-    scanned = models.ResNet(SMALL, 5, scan=True, **ZEROS, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"'layer1\.0\.block\.\S+' .* Take them apart into one la"):
-        interop.state_dict(scanned)
-
-
 def test_rematerialised_blocks_keep_their_inputs() -> None:
     def kept(**options: object) -> float:
         model = models.ResNet(SMALL, 5, stem="cifar", **ZEROS, **options, rngs=nnx.Rngs(0))

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from flaxstab.cli import _selftest
+from flaxstab.cli import _convert, _selftest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="flaxstab", description="PyTorch's training semantics for JAX, proven equal."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _convert.add(commands)
     parity = commands.add_parser("parity", help="the harness that compares JAX with PyTorch")
     actions = parity.add_subparsers(metavar="ACTION", required=True)
     _selftest.add(actions)

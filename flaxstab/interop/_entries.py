@@ -1,6 +1,8 @@
 """What a layer's variables are called and laid out as in PyTorch: the entries of every table."""
 
 from collections.abc import Callable, Iterable, Mapping
+from enum import Enum, auto
+from types import EllipsisType
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +11,21 @@ from flaxstab._typing import Shape
 
 Arrays = tuple[np.ndarray, ...]
 Move = Callable[[np.ndarray], np.ndarray]
+Path = tuple[object, ...]
+
+
+class Kind(Enum):
+    """What the numbers of a tensor are.
+
+    Attributes:
+      KERNEL: weights that start at random, so that equal ones are suspicious.
+      VARIANCE: a running variance, which is positive.
+      OTHER: anything else: biases, gammas and means may all be equal.
+    """
+
+    KERNEL = auto()
+    VARIANCE = auto()
+    OTHER = auto()
 
 
 class Entry(NamedTuple):
@@ -22,9 +39,13 @@ class Entry(NamedTuple):
       to_torch: from the variables' values to the tensors, in torch's layout.
       to_flax: back.
       words: what ``to_flax`` does, for the report.
-      rank: the number of axes of each variable, where the layer's type fixes it. More of them
-        are a stack of layers.
+      rank: the number of axes of each variable; ``None`` where a rule of the user's own does not
+        say. More of them are a stack of layers.
       gradient: from the variables' gradients to the tensors', where it is not ``to_torch``.
+      kind: what the numbers are, for the report's suspicions.
+      features: how many of the variables' first axes are features of the layer's input, of
+        which the order is torch's or Flax's: 1 of a linear layer's kernel, all of a LayerNorm's.
+      shapes: the tensors' shapes, where they are known without ``to_torch``.
     """
 
     variables: tuple[str, ...]
@@ -34,25 +55,50 @@ class Entry(NamedTuple):
     words: str
     rank: int | None = None
     gradient: Callable[[Arrays], Arrays] | None = None
+    kind: Kind = Kind.OTHER
+    features: int = 0
+    shapes: tuple[Shape, ...] | None = None
+
+
+class Leaf(NamedTuple):
+    """One variable of one layer; of a stack of layers, its part.
+
+    Attributes:
+      shape: its shape.
+      dtype: its dtype.
+      read: returns the value, which may lie on another device or be promised only.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
 
 class Layer(NamedTuple):
-    """One layer of a model: its variables' values, and how they travel.
+    """One layer of a model: its variables, and how they travel.
 
     Attributes:
       prefix: what its tensors' names begin with in torch.
       entries: how its variables travel; every one of them is in ``values``.
-      values: the variables' values, by the names that the entries use.
+      values: the variables by the names that the entries use.
       paths: where each variable lies in the model. Two layers that share a variable give it the
         same path.
       ignored: tensors that torch's layer has and this one does without.
+      at: which part of the variables, by their first axes, where they hold a stack of layers.
     """
 
     prefix: str
     entries: tuple[Entry, ...]
-    values: Mapping[str, np.ndarray]
-    paths: Mapping[str, tuple[object, ...]]
+    values: Mapping[str, Leaf]
+    paths: Mapping[str, Path]
     ignored: tuple[str, ...] = ()
+    at: tuple[int, ...] = ()
+
+
+def part(array: np.ndarray, at: tuple[int, ...]) -> np.ndarray:
+    """Returns one layer of a stack, in the same memory, also where that is a single number."""
+    place: tuple[EllipsisType | int, ...] = (*at, ...)
+    return array[place]
 
 
 def tensors_of(layers: Iterable[Layer]) -> dict[str, np.ndarray]:
@@ -63,7 +109,7 @@ def tensors_of(layers: Iterable[Layer]) -> dict[str, np.ndarray]:
         for entry in layer.entries
         for name, array in zip(
             entry.tensors,
-            entry.to_torch(tuple(layer.values[v] for v in entry.variables)),
+            entry.to_torch(tuple(layer.values[v].read() for v in entry.variables)),
             strict=True,
         )
     ]
@@ -90,6 +136,7 @@ def one(
     to_flax: Move = np.asarray,
     words: str = "as is",
     rank: int | None = None,
+    kind: Kind = Kind.OTHER,
 ) -> Entry:
     """Returns the entry of one variable that is one tensor."""
     return Entry(
@@ -99,6 +146,7 @@ def one(
         lambda tensors: (to_flax(tensors[0]),),
         words,
         rank,
+        kind=kind,
     )
 
 
@@ -140,6 +188,7 @@ KERNEL = one(
     _swapped_to_front,
     _swapped_to_back,
     "(out, in, *window) -> (*window, in, out)",
+    kind=Kind.KERNEL,
 )
 MOVED = one(
     "kernel",
@@ -147,6 +196,7 @@ MOVED = one(
     _moved_to_front,
     _moved_to_back,
     "(in, out, *window) -> (*window, in, out)",
+    kind=Kind.KERNEL,
 )
 FLIPPED = one(
     "kernel",
@@ -154,16 +204,17 @@ FLIPPED = one(
     _flipped_to_torch,
     _flipped_to_flax,
     "(in, out, *window) -> (*window, in, out), the window flipped",
+    kind=Kind.KERNEL,
 )
 TRANSPOSED = KERNEL._replace(words="(in, out, *window) -> (*window, out, in)")
 MATRIX = KERNEL._replace(words="(out, in) -> (in, out)", rank=2)
-BIAS = one("bias", "bias")
-SCALE = one("scale", "weight")
+BIAS = one("bias", "bias", rank=1)
+SCALE = one("scale", "weight", rank=1)
 MEAN = one("mean", "running_mean", rank=1)
-VAR = one("var", "running_var", rank=1)
+VAR = one("var", "running_var", rank=1, kind=Kind.VARIANCE)
 COUNT = one("count", "num_batches_tracked", lambda count: np.asarray(count, np.int64), rank=0)
 GAMMA = one("gamma", "gamma", rank=1)
-EMBEDDING = one("embedding", "weight", rank=2)
+EMBEDDING = one("embedding", "weight", rank=2, kind=Kind.KERNEL)
 SLOPE = one("negative_slope", "weight", reshaped((1,)), reshaped(()), "(1,) -> ()", rank=0)
 
 

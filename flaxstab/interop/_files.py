@@ -9,8 +9,10 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab.interop import _safetensors, _sharded
+from flaxstab.interop._flattened import Flattened
 from flaxstab.interop._flax_layout import TAG, is_tagged, to_torch_names
-from flaxstab.interop._report import LoadReport, Rename
+from flaxstab.interop._matching import Rename
+from flaxstab.interop._report import LoadReport
 from flaxstab.interop._state_dict import load_state_dict, state_dict
 from flaxstab.interop._torch import read_pickled
 
@@ -68,6 +70,7 @@ def load_safetensors(
     *,
     strict: bool = True,
     rename: Rename | None = None,
+    flattened: Flattened | None = None,
 ) -> LoadReport:
     """Loads a safetensors file into a model, in place, all or nothing; without PyTorch.
 
@@ -77,6 +80,7 @@ def load_safetensors(
         --layout flax`` writes it; or several, as of :func:`read_tensors`.
       strict: as of :func:`load_state_dict`.
       rename: as of :func:`load_state_dict`.
+      flattened: as of :func:`load_state_dict`; not for a file with Flax's names.
 
     Raises:
       ValueError: as :func:`read_tensors` and :func:`load_state_dict`. The model is then unchanged.
@@ -95,14 +99,18 @@ def load_safetensors(
     safe = place.name.endswith((_SAFE, _SAFE + _sharded.INDEX))
     fix = "Use load_state_dict(model, read_tensors(path)) for PyTorch's files."
     check(safe, "path must name safetensors", fix=fix, path=str(path))
-    tensors, metadata = read(place)
+    tensors, metadata = read(place, mapped=True)  # the model copies them
     if is_tagged(metadata):
-        tensors = to_torch_names(model, tensors)
-    return load_state_dict(model, tensors, strict=strict, rename=rename)
+        tensors, flattened = to_torch_names(model, tensors), None
+    return load_state_dict(model, tensors, strict=strict, rename=rename, flattened=flattened)
 
 
 def save_safetensors(
-    model: nnx.Module, path: Location, *, max_shard_size: int | None = None
+    model: nnx.Module,
+    path: Location,
+    *,
+    max_shard_size: int | None = None,
+    flattened: Flattened | None = None,
 ) -> Path:
     """Writes a model's :func:`state_dict` as safetensors, which PyTorch's models load.
 
@@ -115,6 +123,7 @@ def save_safetensors(
       max_shard_size: the most bytes of numbers in one file; ``None`` = any number. More than that
         make files ``NAME-00001-of-00002.safetensors`` and the index
         ``NAME.safetensors.index.json``, as Hugging Face's libraries read them.
+      flattened: as of :func:`state_dict`.
 
     Returns:
       The path of the file or of the index.
@@ -131,18 +140,27 @@ def save_safetensors(
       ...     save_safetensors(model, folder + "/a.safetensors", max_shard_size=40).name
       'a.safetensors.index.json'
     """
-    return write(path, state_dict(model), max_shard_size=max_shard_size)
+    place, tensors = checked_target(path), state_dict(model, flattened=flattened)
+    whole = 1 + sum(array.nbytes for array in tensors.values())
+    size = whole if max_shard_size is None else max_shard_size
+    return _sharded.write(place, tensors, _OF_TORCH, size)
 
 
 def read(
-    path: Location, *, key: str | None = None
+    path: Location, *, key: str | None = None, mapped: bool = False
 ) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
-    """Returns a file's tensors, with Flax's names if it has those, and its metadata."""
+    """Returns a file's tensors, with Flax's names if it has those, and its metadata.
+
+    Args:
+      path: as of :func:`read_tensors`.
+      key: as of :func:`read_tensors`.
+      mapped: whether safetensors may be read later, as they are used.
+    """
     place = _place(path)
     if place.name.endswith(_SAFE + _sharded.INDEX):
-        return _sharded.read(place)
+        return _sharded.read(place, mapped=mapped)
     if place.suffix == _SAFE:
-        return _safetensors.read(place)
+        return _safetensors.read(place, mapped=mapped)
     check(
         place.suffix in _PICKLED,
         f"a file of tensors must end in {_SAFE}, {_SAFE}{_sharded.INDEX}, {', '.join(_PICKLED)}",
@@ -151,20 +169,21 @@ def read(
     return read_pickled(place, key), {}
 
 
-def write(
-    path: Location,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    flax: bool = False,
-    max_shard_size: int | None = None,
-) -> Path:
-    """Writes tensors by PyTorch's names, or by Flax's with the tag that says so."""
+def write_one(path: Path, tensors: Mapping[str, np.ndarray], *, flax: bool) -> None:
+    """Writes a file by PyTorch's names, or by Flax's with the tag that says so."""
+    _safetensors.write(path, tensors, TAG if flax else _OF_TORCH)
+
+
+def read_one(path: Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a safetensors file of any name, by whatever names it has."""
+    return _safetensors.read(path)[0]
+
+
+def checked_target(path: Location) -> Path:
+    """Returns where a file shall be written, if that is a place for safetensors."""
     place = Path(path)
     check(place.suffix == _SAFE, f"path must end in {_SAFE}", path=str(path))
-    size = max_shard_size if max_shard_size is not None else 1 + sum(
-        array.nbytes for array in tensors.values()
-    )  # fmt: skip
-    return _sharded.write(place, tensors, TAG if flax else _OF_TORCH, size)
+    return place
 
 
 def _place(path: Location) -> Path:

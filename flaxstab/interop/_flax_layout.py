@@ -1,14 +1,17 @@
 """A model's tensors by Flax's paths and in Flax's layouts, in whatever dtype they have."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 from flax import nnx
 
 from flaxstab._checks import check
-from flaxstab.interop._entries import Layer, tensors_of
-from flaxstab.interop._report import LoadReport, Path, Rename, sort_out
-from flaxstab.interop._state_dict import walk
+from flaxstab._typing import Shape
+from flaxstab.interop._entries import Layer, Leaf, Path, part, tensors_of
+from flaxstab.interop._matching import Rename, Spot, sort_out
+from flaxstab.interop._report import LoadReport
+from flaxstab.interop._walk import Walked, walk
 
 TAG = {"format": "flaxstab", "layout": "flax"}
 """The metadata of a file with Flax's names."""
@@ -32,7 +35,7 @@ def to_flax_names(
     found = sorted(walk(model), key=lambda walked: walked.again)
     names = {name if rename is None else rename(name): a.dtype for name, a in tensors.items()}
     loading = sort_out([_in_dtypes(w.layer, names) for w in found], tensors, rename)
-    return {_dotted(path): array for path, array in loading.values.items()}, loading.report
+    return _whole(loading.values, _shapes(found)), loading.report
 
 
 def to_torch_names(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -41,12 +44,8 @@ def to_torch_names(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> dict[
     Raises:
       ValueError: if the model has other paths or shapes.
     """
-    layers = [found.layer for found in walk(model) if not found.again]
-    wanted = {
-        _dotted(layer.paths[name]): value.shape
-        for layer in layers
-        for name, value in layer.values.items()
-    }
+    found = [walked for walked in walk(model) if not walked.again]
+    wanted = {_dotted(path): shape for path, shape in _shapes(found).items()}
     given = {name: array.shape for name, array in arrays.items()}
     odd = sorted(n for n in wanted.keys() | given.keys() if wanted.get(n) != given.get(n))
     check(
@@ -56,10 +55,41 @@ def to_torch_names(model: nnx.Module, arrays: Mapping[str, np.ndarray]) -> dict[
         odd=odd[:3],
         number=len(odd),
     )
-    return tensors_of(
-        layer._replace(values={n: arrays[_dotted(layer.paths[n])] for n in layer.values})
-        for layer in layers
-    )
+    return tensors_of(_holding(walked.layer, arrays) for walked in found)
+
+
+def _shapes(found: list[Walked]) -> dict[Path, Shape]:
+    """Returns the shapes of the variables; those of a stack have all its layers."""
+    return {path: v.shape for walked in found for path, v in walked.variables.items()}
+
+
+def _whole(
+    values: Mapping[Spot, np.ndarray], shapes: Mapping[Path, Shape]
+) -> dict[str, np.ndarray]:
+    """Returns the variables that are complete by path, the layers of a stack in one."""
+    parts: dict[Path, dict[tuple[int, ...], np.ndarray]] = {}
+    for (path, at), array in values.items():
+        parts.setdefault(path, {})[at] = array
+    done = {}
+    for path, by_place in parts.items():
+        first = next(iter(by_place.values()))
+        if () in by_place:
+            done[_dotted(path)] = first
+        elif sum(array.size for array in by_place.values()) == math.prod(shapes[path]):
+            done[_dotted(path)] = stack = np.empty(shapes[path], first.dtype)
+            for at, array in by_place.items():
+                stack[at] = array
+    return done
+
+
+def _holding(layer: Layer, arrays: Mapping[str, np.ndarray]) -> Layer:
+    """Returns a layer with other values, by Flax's paths."""
+
+    def leaf(name: str) -> Leaf:
+        array = part(arrays[_dotted(layer.paths[name])], layer.at)
+        return Leaf(array.shape, array.dtype, lambda: array)
+
+    return layer._replace(values={name: leaf(name) for name in layer.values})
 
 
 def _in_dtypes(layer: Layer, dtypes: Mapping[str, np.dtype]) -> Layer:
@@ -68,7 +98,7 @@ def _in_dtypes(layer: Layer, dtypes: Mapping[str, np.dtype]) -> Layer:
     for entry in layer.entries:
         kind, *others = {dtypes.get(layer.prefix + name) for name in entry.tensors}
         if kind is not None and not others:
-            values |= {v: values[v].astype(kind) for v in entry.variables}
+            values |= {v: values[v]._replace(dtype=kind) for v in entry.variables}
     return layer._replace(values=values)
 
 

@@ -1,6 +1,7 @@
 """Linen variables by PyTorch's names and layouts, by the types of the layers that hold them."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,9 +23,11 @@ from flaxstab.interop._entries import (
     VAR,
     Entry,
     Layer,
+    Leaf,
     tensors_of,
 )
-from flaxstab.interop._report import LoadReport, Rename, sort_out
+from flaxstab.interop._matching import Rename, sort_out
+from flaxstab.interop._report import LoadReport
 
 Path = tuple[str, ...]
 
@@ -217,7 +220,7 @@ def load_linen_state_dict(
     loading = sort_out(_layers(places, leaves), state_dict, rename)
     loading.require("Pass rename= for other names.")
     # A copy: JAX may share a NumPy array's memory, and torch changes its tensors in place.
-    new = [jnp.array(loading.values[path]) for path in leaves]
+    new = [jnp.array(loading.values[path, ()]) for path in leaves]
     return jax.tree.unflatten(jax.tree.structure(variables), new), loading.report
 
 
@@ -231,12 +234,12 @@ def _leaves(variables: Mapping[str, object]) -> dict[Path, np.ndarray]:
 
 
 def _layers(places: Places, leaves: Mapping[Path, np.ndarray]) -> list[Layer]:
-    values: dict[Path, dict[str, np.ndarray]] = {path: {} for path in places.by_path}
+    values: dict[Path, dict[str, Leaf]] = {path: {} for path in places.by_path}
     paths: dict[Path, dict[str, tuple[object, ...]]] = {path: {} for path in places.by_path}
     for leaf, value in leaves.items():
         _, *owner, name = leaf
         _check_known(places, leaf, value.shape)
-        values[tuple(owner)][name] = value
+        values[tuple(owner)][name] = Leaf(value.shape, value.dtype, partial(np.asarray, value))
         paths[tuple(owner)][name] = leaf
     layers = []
     for path, place in places.by_path.items():

@@ -1,18 +1,19 @@
 """An optimizer's moments under PyTorch's names: they move as the parameters do."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from flaxstab._checks import check
+from flaxstab._typing import Shape
 from flaxstab.functional._paths import Names
-from flaxstab.interop._entries import Arrays, Entry
-from flaxstab.interop._state_dict import walk
-
-Tensors = Mapping[str, np.ndarray]
-ByPath = Mapping[Names, np.ndarray]
+from flaxstab.interop._entries import Arrays, Entry, Leaf
+from flaxstab.interop._flattened import Flattened
+from flaxstab.interop._matching import expected_shapes
+from flaxstab.interop._walk import walk
 
 
 class Group(NamedTuple):
@@ -21,18 +22,23 @@ class Group(NamedTuple):
     Attributes:
       tensors: the tensors' names.
       paths: where the parameters lie in the model.
-      values: the parameters' values.
+      at: which part of them, by their first axes, where they hold a stack of layers.
+      leaves: the parameters, or these parts.
+      shapes: the tensors' shapes.
       entry: how they travel.
     """
 
     tensors: tuple[str, ...]
     paths: tuple[Names, ...]
-    values: Arrays
+    at: tuple[int, ...]
+    leaves: tuple[Leaf, ...]
+    shapes: tuple[Shape, ...]
     entry: Entry
 
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Returns the shapes of the tensors."""
-        return [array.shape for array in self.entry.to_torch(self.values)]
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers each parameter, or part of one, has."""
+        return [math.prod(leaf.shape) for leaf in self.leaves]
 
     def to_torch(self, arrays: Arrays) -> Arrays:
         """Returns moments of the parameters as those of the tensors."""
@@ -49,9 +55,8 @@ class Group(NamedTuple):
         order = np.concatenate([places.ravel() for places in self._order()])
         flat = np.empty(len(order), np.result_type(*tensors))
         flat[order] = np.concatenate([tensor.ravel() for tensor in tensors])
-        ends = np.cumsum([value.size for value in self.values])
-        parts = np.split(flat, ends[:-1])
-        return tuple(a.reshape(v.shape) for a, v in zip(parts, self.values, strict=True))
+        parts = np.split(flat, np.cumsum(self.sizes)[:-1])
+        return tuple(a.reshape(v.shape) for a, v in zip(parts, self.leaves, strict=True))
 
     def _order(self) -> Arrays:
         """Returns where each number of the tensors is among the parameters' own.
@@ -60,11 +65,10 @@ class Group(NamedTuple):
           ValueError: if the tensors are not the same numbers in another order. What squares a
             gradient knows nothing of a sum.
         """
-        sizes = [value.size for value in self.values]
-        starts = np.cumsum([0, *sizes])
+        starts = np.cumsum([0, *self.sizes])
         places = tuple(
-            np.arange(start, start + value.size, dtype=np.int32).reshape(value.shape)
-            for start, value in zip(starts[:-1], self.values, strict=True)
+            np.arange(start, start + size, dtype=np.int32).reshape(leaf.shape)
+            for start, size, leaf in zip(starts[:-1], self.sizes, self.leaves, strict=True)
         )
         gradient = self.entry.gradient or self.entry.to_torch
         moved = tuple(np.asarray(array) for array in gradient(places))
@@ -83,18 +87,27 @@ class Group(NamedTuple):
 class Moments:
     """The parameters of a model and torch's names for them, each under all its names.
 
+    Args:
+      model: the model.
+      flattened: as of :func:`load_state_dict`.
+
     Raises:
       ValueError: if a variable belongs to a module type without a rule.
     """
 
-    def __init__(self, model: nnx.Module) -> None:
+    def __init__(self, model: nnx.Module, flattened: Flattened | None) -> None:
         self._groups: dict[str, Group] = {}
-        for layer in (found.layer for found in walk(model)):
+        for layer in (found.layer for found in walk(model, flattened)):
             for entry in layer.entries:
-                tensors = tuple(layer.prefix + name for name in entry.tensors)
-                paths = tuple(tuple(map(str, layer.paths[name])) for name in entry.variables)
-                values = tuple(layer.values[name] for name in entry.variables)
-                self._groups |= dict.fromkeys(tensors, Group(tensors, paths, values, entry))
+                group = Group(
+                    tuple(layer.prefix + name for name in entry.tensors),
+                    tuple(tuple(map(str, layer.paths[name])) for name in entry.variables),
+                    layer.at,
+                    tuple(layer.values[name] for name in entry.variables),
+                    expected_shapes(layer, entry),
+                    entry,
+                )
+                self._groups |= dict.fromkeys(group.tensors, group)
 
     def groups(self, names: Iterable[str]) -> list[Group]:
         """Returns what holds the tensors of those names, each group once.
@@ -112,10 +125,10 @@ class Moments:
             unknown=unknown[:3],
             number=len(unknown),
         )
-        found: dict[tuple[Names, ...], Group] = {}
+        found: dict[object, Group] = {}
         for name in asked:
             group = self._groups[name]
-            known = found.setdefault(group.paths, group)
+            known = found.setdefault((group.paths, group.at), group)
             absent = [other for other in group.tensors if other not in asked]
             check(
                 known.tensors == group.tensors and not absent,

@@ -5,7 +5,9 @@ import numpy as np
 from flax import nnx
 
 from flaxstab._typing import PyTree
-from flaxstab.interop._state_dict import walk
+from flaxstab.interop._entries import part
+from flaxstab.interop._flattened import Flattened
+from flaxstab.interop._walk import walk
 
 
 class Naming:
@@ -15,9 +17,11 @@ class Naming:
 
     Args:
       model: a module built of layers that have a rule.
+      flattened: as for :func:`flaxstab.interop.load_state_dict`.
 
     Raises:
-      ValueError: if a variable belongs to a module type without a rule.
+      ValueError: if a variable belongs to a module type without a rule, or the order of a norm's
+        axes must be told.
 
     Example:
       >>> from flax import nnx
@@ -28,8 +32,8 @@ class Naming:
       {'weight': (5, 2), 'bias': (5,)}
     """
 
-    def __init__(self, model: nnx.Module) -> None:
-        self._layers = [found.layer for found in walk(model) if not found.again]
+    def __init__(self, model: nnx.Module, *, flattened: Flattened | None = None) -> None:
+        self._layers = [found.layer for found in walk(model, flattened) if not found.again]
 
     def tensors(self, tree: PyTree, *, gradients: bool = False) -> dict[str, np.ndarray]:
         """Returns the arrays of a tree by PyTorch's names, in PyTorch's layouts.
@@ -51,7 +55,7 @@ class Naming:
                 paths = [layer.paths[name] for name in entry.variables]
                 if all(path in flat for path in paths):
                     move = entry.gradient if gradients and entry.gradient else entry.to_torch
-                    arrays = move(tuple(flat[path] for path in paths))
+                    arrays = move(tuple(part(flat[path], layer.at) for path in paths))
                     names = (layer.prefix + name for name in entry.tensors)
                     found |= dict(zip(names, arrays, strict=True))
         return found

@@ -29,7 +29,10 @@ class Given:
     """
 
     def __init__(self, given: States, groups: list[Group], kept: Kept, count: int | None) -> None:
-        self.arrays: dict[str, dict[Path, np.ndarray]] = {key: {} for key in kept.arrays}
+        self.arrays = {
+            key: {path: np.zeros_like(array) for path, array in arrays.items()}
+            for key, arrays in kept.arrays.items()
+        }
         self.steps: dict[Path, int | None] = {}
         held = {name for group in groups for name in group.tensors}
         stray = [name for name, state in given.items() if state and name not in held]
@@ -58,12 +61,13 @@ class Given:
             )
         number = one_of([_number(name, s) for name, s in zip(group.tensors, states, strict=True)],
                       "step numbers", group)  # fmt: skip
-        self.steps |= dict.fromkeys(group.paths, number)
+        others = [self.steps.setdefault(path, number) for path in group.paths]
+        one_of([number, *others], "step numbers", group)  # of a stack's layers
         for key in keys:
             arrays = [self._array(key, *row) for row in zip(
-                group.tensors, states, group.shapes(), strict=True)]  # fmt: skip
-            moved = group.to_flax(tuple(arrays))
-            self.arrays[key] |= dict(zip(group.paths, moved, strict=True))
+                group.tensors, states, group.shapes, strict=True)]  # fmt: skip
+            for path, array in zip(group.paths, group.to_flax(tuple(arrays)), strict=True):
+                self.arrays[key][path][group.at] = array
 
     def _array(
         self, key: str, name: str, state: Mapping[str, np.ndarray], shape: tuple[int, ...]

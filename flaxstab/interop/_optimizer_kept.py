@@ -11,6 +11,7 @@ from flaxstab._checks import check
 from flaxstab._typing import PyTree
 from flaxstab.functional._paths import Names as Path
 from flaxstab.functional._paths import by_path, path_names
+from flaxstab.interop._entries import part
 from flaxstab.interop._moments import Group
 from flaxstab.interop._optimizer_kinds import is_known, moments, nodes
 from flaxstab.optim._paths import in_order, paths
@@ -58,9 +59,13 @@ class Kept:
     def of(self, group: Group) -> dict[str, tuple[np.ndarray, ...]]:
         """Returns what is kept of a group of parameters, by torch's names."""
         return {
-            key: tuple(self.arrays[key][path] for path in group.paths)
+            key: tuple(part(self.arrays[key][path], group.at) for path in group.paths)
             for key in self.keys(group.paths[0])
         }
+
+    def like(self, path: Path) -> np.ndarray:
+        """Returns something of a parameter's shape."""
+        return self.arrays[self.keys(path)[0]][path]
 
     def buffered(self, group: Group) -> bool:
         """Whether the group's state is that of SGD."""
@@ -116,8 +121,11 @@ def covered(groups: list[Group], kept: Kept) -> list[Group]:
     Raises:
       ValueError: if something is kept of other parameters, or of a part of a group.
     """
-    wanted = {path for group in groups for path in group.paths}
-    further = sorted(".".join(path) for path in kept.steps.keys() - wanted)
+    found: dict[Path, int] = {}
+    for group in groups:
+        for path, size in zip(group.paths, group.sizes, strict=True):
+            found[path] = found.get(path, 0) + size
+    further = sorted(".".join(p) for p in kept.steps if found.get(p, 0) != kept.like(p).size)
     check(
         not further,
         "torch's param_groups must hold every parameter of the optimizer",
@@ -134,7 +142,7 @@ def one_of(values: list[PyTree], what: str, group: Group) -> PyTree:
     """Returns the one value that all have."""
     check(
         all(value == values[0] for value in values),
-        f"parameters that torch keeps in one tensor must have the same {what}",
+        f"what is one array on either side must have the same {what}",
         tensors=group.tensors,
         found=values,
     )

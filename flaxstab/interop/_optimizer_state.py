@@ -8,11 +8,12 @@ import optax
 from flax import nnx
 
 from flaxstab._typing import PyTree
+from flaxstab.interop._flattened import Flattened
+from flaxstab.interop._matching import Rename
 from flaxstab.interop._moments import Moments
 from flaxstab.interop._optimizer_given import Given, replaced
 from flaxstab.interop._optimizer_kept import STEP, Kept, covered, one_of
 from flaxstab.interop._optimizer_names import Groups, Id, Names, names_by_id, states_by_name
-from flaxstab.interop._report import Rename
 
 
 def optimizer_state_dict(
@@ -22,6 +23,7 @@ def optimizer_state_dict(
     param_groups: Groups,
     names: Names | None = None,
     rename: Rename | None = None,
+    flattened: Flattened | None = None,
 ) -> dict[str, object]:
     """Returns an optimizer's state as the ``state_dict`` of its counterpart in ``torch.optim``.
 
@@ -39,6 +41,7 @@ def optimizer_state_dict(
         ``[n for n, _ in module.named_parameters()]``; with several groups, such a list for each.
         Not needed if it was built with ``module.named_parameters()``, so that it knows them.
       rename: from those names to the model's, as of :func:`load_state_dict`.
+      flattened: as of :func:`load_state_dict`.
 
     Returns:
       A dict like torch's, with NumPy arrays. A parameter that has not had a step has no entry.
@@ -65,7 +68,7 @@ def optimizer_state_dict(
     kept = Kept(_pure(optimizer))
     state: dict[Id, dict[str, np.ndarray]] = {}
     ids = {name: id_ for id_, name in by_id.items()}
-    for group in covered(Moments(model).groups(by_id.values()), kept):
+    for group in covered(Moments(model, flattened).groups(by_id.values()), kept):
         number = one_of([kept.steps.get(path) for path in group.paths], "step numbers", group)
         if number == 0:
             continue
@@ -89,6 +92,7 @@ def load_optimizer_state_dict(
     *,
     names: Names | None = None,
     rename: Rename | None = None,
+    flattened: Flattened | None = None,
     count: int | None = None,
 ) -> optax.OptState:
     """Loads the ``state_dict`` of a ``torch.optim`` optimizer, all or nothing.
@@ -105,6 +109,7 @@ def load_optimizer_state_dict(
         it; NumPy arrays do, too.
       names: as of :func:`optimizer_state_dict`.
       rename: as of :func:`load_state_dict`.
+      flattened: as of :func:`load_state_dict`.
       count: how many updates there were. Adam's step numbers say it, unless no parameter was in all
         of them. SGD has none: pass it.
 
@@ -133,7 +138,7 @@ def load_optimizer_state_dict(
     old = _pure(optimizer)
     kept = Kept(old)
     given = states_by_name(state_dict, names, rename)
-    groups = covered(Moments(model).groups(given), kept)
+    groups = covered(Moments(model, flattened).groups(given), kept)
     new = Given(given, groups, kept, count)
     state = replaced(old, new)
     if isinstance(optimizer, nnx.Optimizer):

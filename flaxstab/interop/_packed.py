@@ -5,7 +5,7 @@ from flax import nnx
 
 from flaxstab._typing import Shape
 from flaxstab.attention import MultiHeadAttention
-from flaxstab.interop._entries import MATRIX, Arrays, Entry, inside, one, reshaped
+from flaxstab.interop._entries import MATRIX, Arrays, Entry, Kind, inside, one, reshaped
 
 
 def packed_attention(module: MultiHeadAttention) -> tuple[Entry, ...]:
@@ -45,7 +45,7 @@ def _projections(out: Shape, packed: bool) -> tuple[Entry, ...]:
     def to_kernel(weight: np.ndarray) -> np.ndarray:
         return weight.T.reshape(-1, *out)  # (embed_dim, in) -> (in, *out)
 
-    words, rank = f"(embed_dim, in) -> (in, {wide})", 1 + len(out)
+    words, rank, drawn = f"(embed_dim, in) -> (in, {wide})", 1 + len(out), Kind.KERNEL
     if packed:
         weights: tuple[Entry, ...] = (
             Entry(
@@ -55,11 +55,14 @@ def _projections(out: Shape, packed: bool) -> tuple[Entry, ...]:
                 lambda packed: tuple(to_kernel(w) for w in np.split(packed[0], 3)),
                 f"three, each {words}",
                 rank,
+                kind=drawn,
             ),
         )
     else:
         weights = tuple(
-            one(f"{part}.kernel", f"{part[0]}_proj_weight", to_weight, to_kernel, words, rank)
+            one(
+                f"{part}.kernel", f"{part[0]}_proj_weight", to_weight, to_kernel, words, rank, drawn
+            )
             for part in parts
         )
     bias = Entry(
@@ -77,8 +80,9 @@ def _projections(out: Shape, packed: bool) -> tuple[Entry, ...]:
         lambda weight: weight.T.reshape(*out, -1),
         f"(out, embed_dim) -> ({wide}, out)",
         rank,
+        drawn,
     )
-    return (*weights, bias, kernel, one("out.bias", "out_proj.bias"))
+    return (*weights, bias, kernel, one("out.bias", "out_proj.bias", rank=1))
 
 
 def attention_refusal(module: nnx.MultiHeadAttention) -> str:
@@ -128,6 +132,7 @@ def _gates(tensor: str, *variables: str) -> Entry:
         lambda weight: tuple(part.T for part in np.split(weight[0], len(variables))),
         "(gates x hidden, in) -> (in, hidden), split by gate",
         rank=2,
+        kind=Kind.KERNEL,
     )
 
 

@@ -1,20 +1,12 @@
-"""What becomes of every tensor of a state_dict and every variable of a model."""
+"""What became of every tensor of a state_dict and every variable of a model: the report."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import NamedTuple
 
-import numpy as np
-
-from flaxstab._checks import check
 from flaxstab._typing import Shape
-from flaxstab.interop._entries import Entry, Layer, check_distinct
-from flaxstab.interop._torch import to_numpy
 
 _SHOWN = 3  # names of each kind in a printed report
-
-Path = tuple[object, ...]
-Rename = Callable[[str], str]
 
 
 class Outcome(StrEnum):
@@ -34,7 +26,7 @@ class LoadEntry(NamedTuple):
       source: the tensor's name in the state_dict; '' for a missing one.
       name: the tensor's name in the model, after ``rename``.
       variable: the path of the variable in the model; several are joined by ', '; '' for a
-        tensor that has none.
+        tensor that has none. ``kernel[2]`` is one layer of a stack.
       source_shape: the tensor's shape; ``None`` for a missing one.
       target_shape: the shape that the model has for it, in torch's layout.
       source_dtype: the tensor's dtype; '' for a missing one.
@@ -43,6 +35,11 @@ class LoadEntry(NamedTuple):
       transform: how the tensor becomes the variable, in words.
       rounded: whether the variable's dtype could not hold every number.
       reason: why it does not fit.
+      variable_shapes: the variables' shapes, in Flax's layout.
+      suspicion: what is odd about the tensor's numbers: NaN or infinities, weights that are all
+        zero or all the same, a variance that is negative or all zero.
+      nearest: for a missing tensor those without a place that may be it, for one without a place
+        those missing: of the same shape first, then by name.
     """
 
     source: str
@@ -56,16 +53,53 @@ class LoadEntry(NamedTuple):
     transform: str = ""
     rounded: bool = False
     reason: str = ""
+    variable_shapes: tuple[Shape, ...] = ()
+    suspicion: str = ""
+    nearest: tuple[str, ...] = ()
+
+
+class LoadWarning(NamedTuple):
+    """What the modules of a model do otherwise than the PyTorch layers that tensors came from.
+
+    Attributes:
+      modules: their names in PyTorch.
+      text: what differs, and the fix.
+    """
+
+    modules: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{_first(name or 'the model' for name in self.modules)}: {self.text}"
 
 
 class LoadReport(NamedTuple):
     """What became of every tensor of a state_dict and every variable of a model.
 
+    Printed it is a few lines; :meth:`table` has a line for each tensor, :meth:`to_dict` the same
+    as plain data.
+
     Attributes:
       entries: one for each tensor, and for each that the model has and the state_dict lacks.
+      warnings: what stock NNX layers of the model cannot do as PyTorch's, or do by default
+        otherwise, where a state_dict does not tell.
+
+    Example:
+      >>> import numpy as np
+      >>> from flax import nnx
+      >>> from flaxstab import interop, linear
+      >>> model = linear.Linear(2, 3, rngs=nnx.Rngs(0))
+      >>> tensors = {"weight": np.zeros((3, 2), "f"), "beta": np.zeros(3, "f")}
+      >>> report = interop.load_state_dict(model, tensors, strict=False)
+      >>> print(report)
+      1 tensors loaded
+        1 missing: bias (perhaps beta)
+        1 unexpected: beta (perhaps bias)
+        1 suspicious: weight all zero
     """
 
     entries: tuple[LoadEntry, ...]
+    warnings: tuple[LoadWarning, ...] = ()
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -101,224 +135,96 @@ class LoadReport(NamedTuple):
         return tuple(e.name for e in self.entries if e.rounded)
 
     @property
+    def suspicious(self) -> tuple[str, ...]:
+        """Names of tensors with odd numbers, each with what is odd."""
+        return tuple(f"{e.name} {e.suspicion}" for e in self.entries if e.suspicion)
+
+    @property
     def complete(self) -> bool:
         """Whether every tensor found its place and every variable its tensor."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def _names(self, outcome: Outcome) -> tuple[str, ...]:
-        found = (e for e in self.entries if e.outcome == outcome)
-        return tuple(f"{e.name} {e.reason}" if e.reason else e.name for e in found)
+        return tuple(_with_reason(e) for e in self.entries if e.outcome == outcome)
 
     def __str__(self) -> str:
-        others = self.others()
-        loaded = f"{len(self.loaded)} tensors loaded"
-        return "; ".join((loaded, *others)) if self.complete else "\n  ".join((loaded, *others))
+        lines = (f"{len(self.loaded)} tensors loaded", *self.others())
+        return "; ".join(lines) if self.complete and not self.warnings else "\n  ".join(lines)
 
     def others(self) -> tuple[str, ...]:
         """Returns one line for each other fate, with the number of tensors and the first few."""
+        outcomes = (Outcome.MISSING, Outcome.UNEXPECTED, Outcome.MISMATCHED)
         listed = {
-            "missing": self.missing,
-            "unexpected": self.unexpected,
-            "mismatched": self.mismatched,
-            "rounded": self.rounded,
-            "ignored": self.ignored,
+            str(outcome): [
+                f"{_with_reason(e)} (perhaps {e.nearest[0]})" if e.nearest else _with_reason(e)
+                for e in self.entries
+                if e.outcome == outcome
+            ]
+            for outcome in outcomes
         }
-        lines = []
-        for kind, names in listed.items():
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            lines += [f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{more}"] if names else []
-        return tuple(lines)
+        listed |= {
+            "suspicious": [*self.suspicious],
+            "rounded": [*self.rounded],
+            "ignored": [*self.ignored],
+        }
+        lines = [f"{len(names)} {kind}: {_first(names)}" for kind, names in listed.items() if names]
+        return (*lines, *(f"warning: {warning}" for warning in self.warnings))
 
-
-class Loading(NamedTuple):
-    """A report, and the new values of the variables by path, in their dtype."""
-
-    report: LoadReport
-    values: Mapping[Path, np.ndarray]
-
-    def require(self, advice: str) -> None:
-        """Raises a ``ValueError`` unless everything fits.
-
-        Args:
-          advice: what to do otherwise.
-        """
-        if not self.report.complete:
-            found = "\n  ".join((f"{len(self.report.loaded)} that fit", *self.report.others()))
-            raise ValueError(
-                f"every tensor must fit the model, got {found}\nNothing was loaded. {advice}"
-            )
-
-
-class _Given(NamedTuple):
-    source: str
-    array: np.ndarray
-
-
-def sort_out(
-    layers: Iterable[Layer], state_dict: Mapping[str, object], rename: Rename | None
-) -> Loading:
-    """Says what becomes of each tensor, and which value each variable would get.
-
-    Args:
-      layers: the model's layers. Of several that share a variable the first one names it when
-        its tensor is missing.
-      state_dict: tensors by name.
-      rename: from a name in ``state_dict`` to the name in the model.
-
-    Raises:
-      ValueError: if ``state_dict`` is no mapping, or ``rename`` gives two tensors one name.
-    """
-    return _Matcher(_renamed(state_dict, rename)).match(list(layers))
-
-
-def _renamed(state_dict: Mapping[str, object], rename: Rename | None) -> dict[str, _Given]:
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(
-            f"state_dict must be a mapping from names to arrays, got {type(state_dict).__name__}. "
-            "Pass module.state_dict()."
+    def table(self) -> str:
+        """Returns a line for each tensor: names, shapes, dtypes, its way and what is odd."""
+        heads = ("outcome", "tensor", "shape", "dtype", "variable", "shape", "dtype", "how", "note")
+        rows = [heads, *(_row(entry) for entry in self.entries)]
+        widths = [max(len(row[n]) for row in rows) for n in range(len(heads))]
+        rows.insert(1, tuple("-" * width for width in widths))
+        lines = (
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            for row in rows
         )
-    tensors: dict[str, _Given] = {}
-    for name, value in state_dict.items():
-        new = name if rename is None else rename(name)
-        if new in tensors:
-            raise ValueError(f"rename must keep names apart, got {new!r} twice.")
-        tensors[new] = _Given(name, to_numpy(value))
-    return tensors
+        return "\n".join((*(line.rstrip() for line in lines), *map(str, self.warnings)))
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the report as numbers, strings, lists and dicts, as JSON has them."""
+        return {
+            "complete": self.complete,
+            "counts": {
+                str(outcome): sum(e.outcome == outcome for e in self.entries) for outcome in Outcome
+            },
+            "entries": [
+                {name: _plain(value) for name, value in entry._asdict().items()}
+                for entry in self.entries
+            ],
+            "warnings": [{"modules": [*w.modules], "text": w.text} for w in self.warnings],
+        }
 
 
-class _Place(NamedTuple):
-    """One entry of one layer: the names and shapes that it expects, and its variables."""
-
-    layer: Layer
-    entry: Entry
-    names: tuple[str, ...]
-    expected: tuple[np.ndarray, ...]
-    paths: tuple[Path, ...]
+def _with_reason(entry: LoadEntry) -> str:
+    return f"{entry.name} {entry.reason}" if entry.reason else entry.name
 
 
-def _places(layer: Layer) -> list[_Place]:
-    places = []
-    for entry in layer.entries:
-        expected = entry.to_torch(tuple(layer.values[v] for v in entry.variables))
-        names = tuple(layer.prefix + tensor for tensor in entry.tensors)
-        paths = tuple(layer.paths[v] for v in entry.variables)
-        places.append(_Place(layer, entry, names, expected, paths))
-    return places
+def _first(names: Iterable[str]) -> str:
+    known = [*names]
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return f"{', '.join(known[:_SHOWN])}{more}"
 
 
-class _Matcher:
-    """Matches tensors to places.
-
-    Attributes:
-      tensors: the tensors by their names in the model.
-      values: each variable's new value.
-      giver: the name of the tensor that gave it.
-      named: the variables of which some tensor, fitting or not, has been seen or missed.
-    """
-
-    def __init__(self, tensors: Mapping[str, _Given]) -> None:
-        self.tensors = tensors
-        self.values: dict[Path, np.ndarray] = {}
-        self.giver: dict[Path, str] = {}
-        self.named: set[Path] = set()
-
-    def match(self, layers: list[Layer]) -> Loading:
-        places = [place for layer in layers for place in _places(layer)]
-        check_distinct(name for place in places for name in place.names)
-        # Values first: a variable that has several names lacks a tensor only if all are missing.
-        found = {i: self._given(p) for i, p in enumerate(places) if self._any(p)}
-        entries: list[LoadEntry] = []
-        for i, place in enumerate(places):
-            if i not in found and not self.named.issuperset(place.paths):
-                found[i] = [
-                    self._entry(place, name, array, Outcome.MISSING)
-                    for name, array in zip(place.names, place.expected, strict=True)
-                ]
-                self.named.update(place.paths)
-            entries += found.get(i, [])
-        return Loading(LoadReport((*entries, *self._others(layers, places))), self.values)
-
-    def _any(self, place: _Place) -> bool:
-        return any(name in self.tensors for name in place.names)
-
-    def _given(self, place: _Place) -> list[LoadEntry]:
-        """Returns the entries of a place some of whose tensors are there, and takes them."""
-        reasons = [self._misfit(n, a) for n, a in zip(place.names, place.expected, strict=True)]
-        rounded = False
-        if not any(reasons):
-            arrays = place.entry.to_flax(tuple(self.tensors[n].array for n in place.names))
-            rounded, conflict = self._take(place, arrays)
-            reasons = [conflict] * len(reasons)
-        self.named.update(place.paths)
-        entries = []
-        for name, array, reason in zip(place.names, place.expected, reasons, strict=True):
-            entry = self._entry(place, name, array, Outcome.LOADED)._replace(rounded=rounded)
-            if name not in self.tensors:
-                entry = entry._replace(outcome=Outcome.MISSING)
-            elif any(reasons):
-                unpaired = f"is of no use without {' and '.join(place.names)}"
-                entry = entry._replace(outcome=Outcome.MISMATCHED, reason=reason or unpaired)
-            entries.append(entry)
-        return entries
-
-    def _misfit(self, name: str, expected: np.ndarray) -> str:
-        if name not in self.tensors:
-            return "is missing"
-        shape = self.tensors[name].array.shape
-        return "" if shape == expected.shape else f"{shape} for {expected.shape}"
-
-    def _take(self, place: _Place, arrays: tuple[np.ndarray, ...]) -> tuple[bool, str]:
-        """Takes a place's values; says whether one was rounded and what they conflict with."""
-        rounded, new = False, {}
-        for variable, path, array in zip(place.entry.variables, place.paths, arrays, strict=True):
-            old = place.layer.values[variable]
-            check(
-                array.shape == old.shape,
-                "a rule must give values of the right shape",
-                variable=variable,
-                shape=array.shape,
-                needed=old.shape,
-            )
-            with np.errstate(over="ignore", invalid="ignore"):  # the report says so
-                value = array.astype(old.dtype)
-                rounded |= not _equal(value.astype(array.dtype), array)
-            if path in self.values and not _equal(self.values[path], value):
-                giver = self.giver[path]
-                return False, f"differs from {giver} (one variable in the model)"
-            new[path] = value
-        self.values |= new
-        self.giver |= dict.fromkeys(new.keys() - self.giver.keys(), place.names[0])
-        return rounded, ""
-
-    def _entry(self, place: _Place, name: str, expected: np.ndarray, outcome: Outcome) -> LoadEntry:
-        dtypes = {str(place.layer.values[v].dtype) for v in place.entry.variables}
-        return self._bare(name, outcome)._replace(
-            variable=", ".join(".".join(map(str, path)) for path in place.paths),
-            target_shape=expected.shape,
-            target_dtype=", ".join(sorted(dtypes)),
-            transform=place.entry.words,
-        )
-
-    def _bare(self, name: str, outcome: Outcome) -> LoadEntry:
-        if name not in self.tensors:
-            return LoadEntry("", name, "", None, None, "", "", outcome)
-        source, array = self.tensors[name]
-        return LoadEntry(source, name, "", array.shape, None, str(array.dtype), "", outcome)
-
-    def _others(self, layers: list[Layer], places: list[_Place]) -> list[LoadEntry]:
-        known = {name for place in places for name in place.names}
-        ignored = {layer.prefix + name for layer in layers for name in layer.ignored} - known
-        return [
-            self._bare(name, Outcome.IGNORED if name in ignored else Outcome.UNEXPECTED)
-            for name in self.tensors
-            if name not in known
-        ]
+def _row(entry: LoadEntry) -> tuple[str, ...]:
+    renamed = entry.source and entry.source != entry.name
+    perhaps = f"perhaps {' or '.join(entry.nearest)}" if entry.nearest else ""
+    notes = (entry.reason, entry.suspicion, "rounded" if entry.rounded else "", perhaps)
+    return (
+        str(entry.outcome),
+        f"{entry.source} = {entry.name}" if renamed else entry.name,
+        "" if entry.source_shape is None else str(entry.source_shape),
+        entry.source_dtype,
+        entry.variable,
+        ", ".join(map(str, entry.variable_shapes)),
+        entry.target_dtype,
+        entry.transform,
+        "; ".join(filter(None, notes)),
+    )
 
 
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays hold the same numbers, NaN in the same places."""
-    return bool(np.all((a == b) | (_is_nan(a) & _is_nan(b))))
-
-
-def _is_nan(array: np.ndarray) -> np.ndarray:
-    return np.not_equal(array, array)  # also for bfloat16, without np.isnan
+def _plain(value: object) -> object:
+    if isinstance(value, tuple | list):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Outcome) else value

@@ -55,6 +55,7 @@ class Rule(NamedTuple):
       owns: whether the layer's submodules are parts of it, carried by this rule alone.
       refusal: from a layer to the reason why torch has no such layer; '' if it has.
       applies: whether the rule is for this layer; otherwise the layer is a mere container.
+      reads: whether the entries depend on the variables' values.
     """
 
     entries: Callable[..., tuple[Entry, ...]]
@@ -62,6 +63,7 @@ class Rule(NamedTuple):
     owns: bool = False
     refusal: Callable[..., str] = lambda _: ""
     applies: Callable[..., bool] = lambda _: True
+    reads: bool = False
 
 
 def _fixed(*entries: Entry, ignored: tuple[str, ...] = ()) -> Rule:
@@ -81,12 +83,28 @@ def _stock_conv_transpose(module: nnx.ConvTranspose) -> tuple[Entry, ...]:
     return (kernel._replace(rank=len(module.kernel_size) + 2), BIAS)
 
 
-_LINEAR = _fixed(MATRIX, BIAS)
+def _over_axes(*entries: Entry) -> Rule:
+    """Returns the rule of a norm over the last axes, whose parameters have all of them."""
+
+    def entries_of(norm: norms.LayerNorm | norms.RMSNorm) -> tuple[Entry, ...]:
+        axes = len(norm.normalized_shape)
+        return tuple(entry._replace(rank=axes, features=axes) for entry in entries)
+
+    return Rule(entries_of)
+
+
+def _of_features(*entries: Entry) -> tuple[Entry, ...]:
+    return tuple(entry._replace(features=1) for entry in entries)
+
+
+_DENSE = (*_of_features(MATRIX), BIAS)
+_LINEAR = _fixed(*_DENSE)
 _CONV = Rule(_conv)
 _EMBED = _fixed(EMBEDDING)
 _NORM = _fixed(SCALE, BIAS)
-_TRACKED = _fixed(SCALE, BIAS, MEAN, VAR, COUNT)
-_UNCOUNTED = _fixed(SCALE, BIAS, MEAN, VAR, ignored=("num_batches_tracked",))
+_BATCH = _of_features(SCALE, BIAS, MEAN, VAR)
+_TRACKED = _fixed(*_BATCH, COUNT)
+_UNCOUNTED = _fixed(*_BATCH, ignored=("num_batches_tracked",))
 _CELL = Rule(lambda cell: CELLS[type(cell)], owns=True, refusal=cell_refusal)
 
 RULES: dict[type[nnx.Module], Rule] = {
@@ -96,10 +114,10 @@ RULES: dict[type[nnx.Module], Rule] = {
     linear.Embed: _EMBED,
     norms.BatchNorm: _TRACKED,
     norms.GhostBatchNorm: _TRACKED,
-    norms.InstanceNorm: _TRACKED,
+    norms.InstanceNorm: _fixed(SCALE, BIAS, MEAN, VAR, COUNT),
     norms.FrozenBatchNorm: _UNCOUNTED,
-    norms.LayerNorm: _NORM,
-    norms.RMSNorm: _fixed(SCALE),
+    norms.LayerNorm: _over_axes(SCALE, BIAS),
+    norms.RMSNorm: _over_axes(SCALE),
     norms.GroupNorm: _NORM,
     attention.MultiHeadAttention: Rule(packed_attention, owns=True),
     Add: _fixed(GAMMA),
@@ -113,14 +131,14 @@ RULES: dict[type[nnx.Module], Rule] = {
     nnx.Conv: _CONV,
     nnx.ConvTranspose: Rule(_stock_conv_transpose),
     nnx.BatchNorm: _UNCOUNTED,
-    nnx.LayerNorm: _NORM,
+    nnx.LayerNorm: _fixed(*_of_features(SCALE, BIAS)),
     nnx.GroupNorm: _NORM,
     nnx.InstanceNorm: _NORM,
-    nnx.RMSNorm: _fixed(SCALE),
+    nnx.RMSNorm: _fixed(*_of_features(SCALE)),
     nnx.Embed: _EMBED,
     nnx.PReLU: _fixed(SLOPE),
     nnx.Dropout: _fixed(),
-    nnx.LinearGeneral: Rule(lambda _: (MATRIX, BIAS), refusal=linear_general_refusal),
+    nnx.LinearGeneral: Rule(lambda _: _DENSE, refusal=linear_general_refusal),
     nnx.MultiHeadAttention: Rule(stock_attention, owns=True, refusal=attention_refusal),
     nnx.LSTMCell: _CELL,
     nnx.OptimizedLSTMCell: _CELL,
@@ -167,7 +185,7 @@ def register(module_type: type[nnx.Module], *, to_torch: ToTorch, to_flax: ToFla
         "a module type is registered once",
         module_type=module_type.__name__,
     )
-    RULES[module_type] = Rule(lambda module: (_registered(module, to_torch, to_flax),))
+    RULES[module_type] = Rule(lambda m: (_registered(m, to_torch, to_flax),), reads=True)
 
 
 def _registered(module: nnx.Module, to_torch: ToTorch, to_flax: ToFlax) -> Entry:
@@ -197,4 +215,5 @@ def _registered(module: nnx.Module, to_torch: ToTorch, to_flax: ToFlax) -> Entry
         return tuple(a - b for a, b in zip(out(arrays), shifts, strict=True))
 
     words = f"by the rule of {type(module).__name__}"
-    return Entry(variables, tuple(tensors), out, back, words, gradient=gradient)
+    shapes = tuple(np.shape(array) for array in tensors.values())
+    return Entry(variables, tuple(tensors), out, back, words, gradient=gradient, shapes=shapes)

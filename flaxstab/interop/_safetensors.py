@@ -66,19 +66,27 @@ def read_header(path: Path) -> Header:
         return _header(file, path)
 
 
-def read(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
-    """Returns a file's tensors and metadata; they are views of one array, read at once.
+def read(path: Path, *, mapped: bool = False) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
+    """Returns a file's tensors and metadata; the tensors are views of one array.
+
+    Args:
+      path: the file.
+      mapped: whether that array is the file itself, read only where and when it is used, instead of
+        memory of its own.
 
     Raises:
       ValueError: if the file is not exactly what its header says.
     """
     with path.open("rb") as file:
         header = _header(file, path)
-        data = np.fromfile(file, np.uint8, header.size)
+        if mapped and header.size:
+            whole = np.memmap(file, np.uint8, "r", header.start, (header.size,))
+            data = whole.view(np.ndarray)
+        else:
+            data = np.fromfile(file, np.uint8, header.size)
     _check(len(data) == header.size, path, "must hold all its tensors", bytes=len(data))
-    return {name: _view(path, name, place, data) for name, place in header.places.items()}, (
-        header.metadata
-    )
+    found = {name: _view(path, name, place, data) for name, place in header.places.items()}
+    return found, header.metadata
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

@@ -17,10 +17,14 @@ _LARGEST = 100_000_000  # bytes of an index
 _SHOWN = 80  # characters of something odd
 
 
-def read(index: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
+def read(index: Path, *, mapped: bool = False) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
     """Returns the tensors of all the files that an index names, and the first one's metadata.
 
     Every header is checked before the first number is read.
+
+    Args:
+      index: the index.
+      mapped: as of :func:`flaxstab.interop._safetensors.read`.
 
     Raises:
       ValueError: if the index or a file is not sound, a file is missing, or what they hold is not
@@ -30,7 +34,7 @@ def read(index: Path) -> tuple[dict[str, np.ndarray], Mapping[str, str]]:
     metadata = [_safetensors.read_header(shard).metadata for shard in shards]
     found: dict[str, np.ndarray] = {}
     for shard in shards:
-        found |= _safetensors.read(shard)[0]
+        found |= _safetensors.read(shard, mapped=mapped)[0]
     return found, metadata[0]
 
 

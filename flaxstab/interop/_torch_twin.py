@@ -9,8 +9,8 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import DTypeLike
-from flaxstab.interop._report import Rename
-from flaxstab.interop._state_dict import load_state_dict, named_modules
+from flaxstab.interop._matching import Rename
+from flaxstab.interop._state_dict import load_state_dict
 from flaxstab.interop._torch_checks import check_dtype, check_plain, check_ties
 from flaxstab.interop._torch_containers import Ordered, in_order
 from flaxstab.interop._torch_functions import Applied, Place
@@ -24,6 +24,7 @@ from flaxstab.interop._torch_layers import (
     refusal,
     type_name,
 )
+from flaxstab.interop._walk import named_modules
 
 if TYPE_CHECKING:
     import torch

@@ -12,6 +12,7 @@ from flax import nnx
 from flaxstab._checks import check, check_positive
 from flaxstab._typing import Array, PyTree
 from flaxstab.functional._recompute import recomputed
+from flaxstab.interop import register_container
 from flaxstab.norms._fused import Layers, called, region
 
 M = TypeVar("M", bound=nnx.Module)
@@ -106,9 +107,9 @@ class Stack(nnx.Module):
 class Chain(nnx.List[nnx.Module]):
     """A list of blocks that run one behind the other; equal neighbours may be one :class:`Stack`.
 
-    Its blocks are named as in a ``torch.nn.Sequential`` or ``ModuleList``: ``layer1.0``,
-    ``layer1.1``. With ``scan=True`` each run of two or more equal blocks is one element, a stack,
-    and the names are others; :func:`unstacked` gives the blocks back.
+    With ``scan=True`` each run of two or more equal blocks is one element, a stack. In PyTorch
+    each block has its own name, stacked or not, as in a ``torch.nn.Sequential`` or
+    ``ModuleList``: ``layer1.0``, ``layer1.1``.
 
     Args:
       blocks: the modules, each called ``block(x, *inputs)``.
@@ -169,8 +170,8 @@ class Chain(nnx.List[nnx.Module]):
 def stacked(model: M, *, unroll: int = 1) -> M:
     """Returns a copy of a model that runs equal neighbours of its chains by a loop.
 
-    The same numbers from a shorter program; for a model that was loaded from PyTorch, or seeded by
-    it, both of which need each block by its own name.
+    The same numbers from a shorter program; for a model that was seeded as by PyTorch, which needs
+    each block by its own name.
 
     Args:
       model: a model with a :class:`Chain` of blocks, as those of this package; it is unchanged.
@@ -202,6 +203,27 @@ def unstacked(model: M) -> M:
       ['layer1.0.conv2.weight', 'layer1.1.conv2.weight', 'layer1.2.conv2.weight']
     """
     return _rebuilt(model, scan=False, unroll=1)
+
+
+def _block_names(stack: Stack) -> dict[tuple[object, ...], tuple[str, ...]]:
+    return {("block",): tuple(map(str, range(stack.length)))}
+
+
+def _names(chain: Chain) -> dict[tuple[object, ...], str | tuple[str, ...]]:
+    """Returns what PyTorch calls the parts of a chain: blocks have numbers, stacks have none."""
+    names: dict[tuple[object, ...], str | tuple[str, ...]] = {}
+    count = 0
+    for place, part in enumerate(chain):
+        length = part.length if isinstance(part, Stack) else 1
+        numbers = tuple(str(count + n) for n in range(length))
+        stacked = isinstance(part, Stack)
+        names |= {(place, "block"): numbers} if stacked else {(place,): numbers[0]}
+        count += length
+    return names
+
+
+register_container(Stack, _block_names)
+register_container(Chain, _names)
 
 
 def _rebuilt(model: M, *, scan: bool, unroll: int) -> M:

@@ -68,7 +68,7 @@ def model_distances(
       torch_model: its twin, with the same names.
       floor: of the parameters' sizes, see :func:`distance`.
     """
-    ours = interop.state_dict(flax_model)
+    ours = interop.state_dict(flax_model, flattened=interop.as_is(flax_model))
     named = dict(torch_model.named_parameters())
     theirs = {name: tensor.detach().numpy() for name, tensor in torch_model.state_dict().items()}
     statistics = [name for name in theirs if name not in named]
@@ -101,7 +101,7 @@ def adam_distance(
     for key, tree in moments.items():
         model = nnx.clone(flax_model)
         nnx.update(model, tree)
-        named = interop.state_dict(model)
+        named = interop.state_dict(model, flattened=interop.as_is(model))
         for parameter, entry in optimizer.state.items():
             array = named[names[parameter]]
             ours[f"{key} {names[parameter]}"] = array.max() if key == "step" else array

@@ -120,7 +120,9 @@ class NNXProgram:
         self.module.train()
         evaluating.eval()
         self._training, self._evaluating = nnx.graphdef(self.module), nnx.graphdef(evaluating)
-        self._naming = interop.Naming(self.module)
+        # Norms go as they are, also where no shape would show a wrong order: numbers will.
+        self._flattened = interop.as_is(self.module)
+        self._naming = interop.Naming(self.module, flattened=self._flattened)
 
     def variables(self) -> tuple[PyTree, PyTree]:
         _, params, *rest = nnx.split(self.module, nnx.Param, ...)
@@ -140,7 +142,9 @@ class NNXProgram:
         return model(*inputs), nnx.state(model, REST)
 
     def load(self, tensors: Values, optional: Collection[str] = ()) -> tuple[str, ...]:
-        report = interop.load_state_dict(self.module, tensors, strict=False)
+        report = interop.load_state_dict(
+            self.module, tensors, strict=False, flattened=self._flattened
+        )
         needless = tuple(name for name in report.unexpected if name in optional)
         if report.missing or report.mismatched or len(needless) < len(report.unexpected):
             raise ValueError(
@@ -150,7 +154,7 @@ class NNXProgram:
         return report.ignored + needless
 
     def tensors(self) -> Values:
-        return interop.state_dict(self.module)
+        return interop.state_dict(self.module, flattened=self._flattened)
 
     def named(self, tree: PyTree, *, gradients: bool = False) -> Values:
         return self._naming.tensors(tree, gradients=gradients)

@@ -135,8 +135,8 @@ def _check_same_order(model: nnx.Module, drawn: list[nnx.Module]) -> None:
 
 def _is_copy(layer: nnx.Module, drawn: list[nnx.Module]) -> bool:
     """Whether a layer has every bit of one that was drawn, as ``nnx.clone`` gives it."""
-    ours = interop.state_dict(layer)
-    others = (interop.state_dict(other) for other in drawn if type(other) is type(layer))
+    same = [layer, *(other for other in drawn if type(other) is type(layer))]
+    ours, *others = (interop.state_dict(one, flattened=interop.as_is(one)) for one in same)
     return any(
         ours.keys() == other.keys() and all(np.array_equal(ours[n], other[n]) for n in ours)
         for other in others
