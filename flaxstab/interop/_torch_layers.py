@@ -232,10 +232,10 @@ def _check_options(part: Part, options: Mapping[str, object]) -> None:
 
 def type_name(module: object) -> str:
     """Returns the name of the type in the table whose ``forward`` a module has; '' if none has."""
+    forward = getattr(type(module), "forward", None)
     for kind in type(module).__mro__:
-        known = kind.__module__.startswith("torch.nn.modules.") and kind.__name__ in KINDS
-        if known and vars(type(module)).get("forward", kind.forward) is kind.forward:
-            return kind.__name__ if type(module).forward is kind.forward else ""
+        if kind.__module__.startswith("torch.nn.modules.") and kind.__name__ in KINDS:
+            return kind.__name__ if getattr(kind, "forward", None) is forward else ""
     return ""
 
 
@@ -330,6 +330,6 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
 """PyTorch's own functions, by name, that a Transformer layer may hold as its activation."""
 
 
-def kind_dtype(name: str) -> DTypeLike:
+def kind_dtype(name: str) -> jnp.dtype:
     """Returns JAX's dtype by the name of PyTorch's, such as ``'torch.bfloat16'``."""
     return jnp.dtype(name.removeprefix("torch."))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxstab._checks import check
-from flaxstab._typing import Array, DTypeLike
+from flaxstab._typing import DTypeLike
 from flaxstab.interop._matching import Rename
 from flaxstab.interop._state_dict import load_state_dict
 from flaxstab.interop._torch_checks import check_dtype, check_plain, check_ties
@@ -268,7 +268,7 @@ class Converter:
                 raise
             raise ValueError(refusal(module, name, str(error).rstrip("."))) from error
 
-    def _function(self, activation: object) -> Callable[[Array], Array]:
+    def _function(self, activation: object) -> Callable[..., object]:
         """Returns the twin of a Transformer layer's activation."""
         torch = sys.modules["torch"]
         known = {getattr(torch.nn.functional, n): f for n, f in FUNCTIONS.items()}
@@ -361,7 +361,7 @@ def _in_turn(module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     if isinstance(module, Ordered):
         yield from ((name, getattr(module, name)) for name in module.names)
     else:
-        yield from ((str(i), layer) for i, layer in enumerate(module.layers))
+        yield from ((str(i), layer) for i, layer in enumerate(vars(module)["layers"]))
 
 
 def _full_name(module: object) -> str:
