@@ -112,7 +112,7 @@ class Biased(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         if self.training:
-            self.running_var.mul_(1.01)
+            self.running_var.data.mul_(1.01)  # autograd holds on to the tensor
         return y
 
 

@@ -1,6 +1,7 @@
 """``flaxstab parity selftest``: plants faults and shows which check finds each."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,9 @@ def add(actions: "Actions") -> None:
         help="plant nothing: compare every sound pair on inputs of so many seeds, at means 0, 10,"
         " 100 and 1000, in float64, float32 and bfloat16 (100 seeds take about an hour)",
     )  # fmt: skip
+    selftest.add_argument(
+        "--json", default=None, metavar="FILE", help="with --sweep: write what was run to a file"
+    )
     selftest.set_defaults(run=run)
 
 
@@ -52,15 +56,17 @@ def run(given: argparse.Namespace) -> int:
     absent = missing("jax", "flax", "optax", "torch")
     if absent:
         return refuse(absent)
-    if given.write and not Path(given.write).parent.is_dir():
-        return refuse(f"--write must name a file in a folder that exists, got {given.write!r}.")
+    for option in ("write", "json"):
+        path = getattr(given, option)
+        if path and not Path(path).parent.is_dir():
+            return refuse(f"--{option} must name a file in a folder that exists, got {path!r}.")
     from flaxstab.parity._selftest import FAULTS
 
     if given.list:
         sys.stdout.write("\n".join(f"{fault.name:44s} {fault.claim}" for fault in FAULTS) + "\n")
         return PASSED
     if given.sweep is not None:
-        return _sweep(given.sweep)
+        return _sweep(given.sweep, given.json)
     try:
         return _plant(given)
     except ValueError as error:
@@ -97,13 +103,18 @@ def _seeds(word: str) -> int:
     return int(word)
 
 
-def _sweep(seeds: int) -> int:
+def _sweep(seeds: int, path: str | None) -> int:
+    from flaxstab._files import write_whole
     from flaxstab.parity._selftest import sound_pairs, sweep
 
-    alarms = 0
+    done = []
     for found in sweep(sound_pairs(), seeds):
-        alarms += len(found.alarms)
+        done.append(found._asdict())
         sys.stdout.write(f"{found}\n")
         sys.stdout.flush()
+        if path:  # after every case: a sweep is long
+            text = json.dumps({"seeds": seeds, "cases": done}, indent=1)
+            write_whole(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+    alarms = sum(len(case["alarms"]) for case in done)
     sys.stdout.write(f"{alarms} false alarms\n")
     return FAILED if alarms else PASSED
