@@ -194,8 +194,8 @@ INCIDENTS = (
         "google/flax#5204", checked=True,
     ),
     Incident(
-        "flax", "0.12.7", "", "API", "nnx.pure and vars_as got new names: as_pure, with_vars; needs"
-        " jax>=0.10.0.", "pfackeldey/evermore#106", checked=True,
+        "flax", "0.12.7", "", "API", "nnx.pure is called as_pure (from 0.12.8 vars_as is"
+        " with_vars); needs jax>=0.10.0.", "pfackeldey/evermore#106", checked=True,
     ),
     Incident(
         "flax", "0.12.9", "", "API", "needs Python 3.12 or newer, and jax>=0.11.1.",
