@@ -78,7 +78,7 @@ def test_bad_options_are_refused_before_any_test(recorded: tuple[Path, str]) -> 
 
 
 def test_xdist_is_refused_clearly(pytestconfig: pytest.Config) -> None:
-    from flaxstab.pytest_plugin import _configure_baselines
+    from flaxstab.pytest_plugin._baselines import baselines
 
     class Config:
         workerinput = "gw0"
@@ -88,4 +88,4 @@ def test_xdist_is_refused_clearly(pytestconfig: pytest.Config) -> None:
 
     assert pytestconfig.getoption("--parity-record") is None
     with pytest.raises(pytest.UsageError, match="in one process, got pytest-xdist"):
-        _configure_baselines(Config())
+        baselines(Config())
