@@ -1,6 +1,7 @@
 """Runs one layer of each side alone, on what PyTorch's layer was given in the model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -255,6 +256,16 @@ class TorchLayer:
         floats = [m for a, m in zip(fed.arrays, fitted.moved, strict=True) if is_float(a)]
         back = [_last(numpy_of(g), m) for g, m in zip(inputs, floats, strict=False)]
         return named(last, back, grads, buffers)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Gives the layer's buffers back what they held, after a ``with`` block."""
+        before = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        try:
+            yield
+        finally:
+            for name, buffer in self.module.named_buffers():
+                buffer.data.copy_(before[name])
 
     def _placed(self, array: np.ndarray, moves: bool, precision: Precision) -> "torch.Tensor":
         tensor = torch_tensor(_first(array, moves))

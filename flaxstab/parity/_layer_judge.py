@@ -202,11 +202,7 @@ class LayerPair:
         for seed in range(_REDRAWS):
             if not any(f.side for f in findings):
                 return findings
-            near = fed.redrawn(seed).rounded(self._dtype)
-            others = self._ours(run, near, exact)[0], self._theirs(self._exact, run, near, exact)
-            moved = self._sizes(others[0], run, near, exact, None)
-            again = self._numerics_once(run, near, *others, moved, magnitudes)
-            verdicts = {f.name: f.verdict for f in again}
+            verdicts = {f.name: f.verdict for f in self._again(run, fed, seed, magnitudes)}
             findings = [
                 f if not f.side or verdicts[f.name] is f.verdict else by_chance(f) for f in findings
             ]
@@ -220,6 +216,19 @@ class LayerPair:
             else f
             for f in findings
         ]
+
+    def _again(
+        self, run: _Run, fed: Fed, seed: int, magnitudes: Mapping[str, np.ndarray]
+    ) -> list[Finding]:
+        """Judges a lower precision on inputs nearby; PyTorch's buffers do not move."""
+        if self._low is None:
+            return []
+        exact, near = Precision(np.float64, self._dtype), fed.redrawn(seed).rounded(self._dtype)
+        with self._exact.undone(), self._low.undone():
+            ours, _ = self._ours(run, near, exact)
+            theirs = self._theirs(self._exact, run, near, exact)
+            moved = self._sizes(ours, run, near, exact, None)
+            return self._numerics_once(run, near, ours, theirs, moved, magnitudes)
 
     def _numerics_once(
         self, run: _Run, fed: Fed, ours: Values, theirs: Values,

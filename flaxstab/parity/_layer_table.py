@@ -46,12 +46,14 @@ class LayerTable:
         if not findings:
             note = "; ".join(found.notes) or "it has no gradient"
             return LayerError(name or WHOLE, direction, np.nan, inherited, False, "unknown", note)
-        worst = max(findings, key=lambda f: (_differs(f), excess(f)))
-        differs = _differs(worst)
+        worst = max(findings, key=excess)
+        # Of failures the first is told, not the worst: output, statistics, then evaluation.
+        told = next((f for f in findings if _differs(f)), worst)
+        differs = _differs(told)
         if differs and self._inside(name, direction):
             return self._holding(name, direction, inherited)
         kind: Kind = "own" if differs else "inherited" if inherited > 1 else "agrees"
-        note = f"{worst.name} in {worst.dtype}: {worst.explanation}"
+        note = f"{told.name} in {told.dtype}: {told.explanation}"
         return LayerError(name or WHOLE, direction, excess(worst), inherited, differs, kind, note)
 
     def holds(self, name: str) -> bool:
