@@ -17,6 +17,7 @@ from torch import nn
 from flaxstab import attention, interop, linear, models, norms
 from flaxstab.interop import _torch_functions, _torch_layers
 from parity_tests.support.block_twins import (
+    QUICKLY,
     Outcome,
     Pair,
     assert_outcome,
@@ -354,7 +355,8 @@ def test_a_resnet_becomes_flaxstabs(kind: str, stem: str) -> None:
     module.eval()
     images = values(2, 16, 17, 3)
     with jax.enable_x64(True):
-        assert_same(twin(jnp.asarray(images)), module(torch.tensor(images).movedim(-1, 1)))
+        expected = module(torch.tensor(images).movedim(-1, 1))
+        assert_same(jax.jit(lambda x: 1 * twin(x), compiler_options=QUICKLY)(images), expected)
 
 
 def test_a_resnet_with_other_parts_is_refused_by_their_name() -> None:
@@ -362,7 +364,7 @@ def test_a_resnet_with_other_parts_is_refused_by_their_name() -> None:
     module.bn1 = nn.GroupNorm(2, 4)
     with pytest.raises(ValueError, match=r"plain blocks, got parts=\['GroupNorm'\]"):
         interop.from_torch(module)
-    with pytest.raises(ValueError, match=r"plain blocks, got parts=\['PreActResBlock'\]"):
+    with pytest.raises(ValueError, match=r"plain blocks, got parts=.*'PreActResBlock'"):
         interop.from_torch(ResNet("preact", (1,), 5, "cifar", 4))
     module = ResNet("basic", (1,), 5, "imagenet", 4)
     module.maxpool = nn.MaxPool2d(2)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from flax import nnx
 
-from flaxstab import interop
+from flaxstab import initializers, interop
 from flaxstab._checks import check
 from flaxstab.models._resnet import BlockName, ResNet, ResNetSize, Stem
 
@@ -36,7 +36,7 @@ def _resnet(module: "PyTree", convert: interop.Converter) -> nnx.Module:
     )
     return ResNet(
         size, module.fc.out_features, stem=stem, in_channels=module.conv1.in_channels,
-        param_dtype=convert.param_dtype(module), rngs=nnx.Rngs(0),
+        kernel_init=initializers.zeros, param_dtype=convert.param_dtype(module), rngs=nnx.Rngs(0),
     )  # fmt: skip
 
 
