@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flaxstab._files import write_whole
 from flaxstab.cli._command import FAILED, PASSED, missing, refuse, tell
 
 if TYPE_CHECKING:
@@ -75,7 +76,6 @@ def run(given: argparse.Namespace) -> int:
 
 def _plant(given: argparse.Namespace) -> int:
     """Plants faults, shows what came of them, and writes the page if that is asked for."""
-    from flaxstab._files import write_whole
     from flaxstab.parity import _selftest
 
     table = _selftest.run(given.seed, given.side, given.only, told=tell)
@@ -86,9 +86,12 @@ def _plant(given: argparse.Namespace) -> int:
     sys.stdout.write(f"\n{layers}\n")
     if given.write:
         command = f"flaxstab parity selftest --seed {given.seed} --write {given.write}"
-        text = _selftest.page(table, layers, command)
-        write_whole(given.write, lambda path: path.write_text(text, encoding="utf-8"))
+        _write(given.write, _selftest.page(table, layers, command))
     return PASSED if table.passed and layers.passed else FAILED
+
+
+def _write(path: str, text: str) -> None:
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _number(word: str) -> int:
@@ -104,7 +107,6 @@ def _seeds(word: str) -> int:
 
 
 def _sweep(seeds: int, path: str | None) -> int:
-    from flaxstab._files import write_whole
     from flaxstab.parity._selftest import sound_pairs, sweep
 
     done = []
@@ -113,8 +115,7 @@ def _sweep(seeds: int, path: str | None) -> int:
         sys.stdout.write(f"{found}\n")
         sys.stdout.flush()
         if path:  # after every case: a sweep is long
-            text = json.dumps({"seeds": seeds, "cases": done}, indent=1)
-            write_whole(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+            _write(path, json.dumps({"seeds": seeds, "cases": done}, indent=1))
     alarms = sum(len(case["alarms"]) for case in done)
     sys.stdout.write(f"{alarms} false alarms\n")
     return FAILED if alarms else PASSED

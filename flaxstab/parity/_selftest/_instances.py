@@ -15,8 +15,8 @@ from flaxstab.parity._models import Pair
 from flaxstab.parity._selftest._faults_attention import ATTENTION
 from flaxstab.parity._selftest._faults_linear import LINEAR
 from flaxstab.parity._selftest._faults_norms import NORMS
-from flaxstab.parity._selftest._networks import networks
-from flaxstab.parity._selftest._plant import Function, Plant, Sides
+from flaxstab.parity._selftest._networks import Twins, networks
+from flaxstab.parity._selftest._plant import Function, Plant
 from flaxstab.parity._words import aligned
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ class _Network:
         serve this one, too, which is faster.
     """
 
-    def __init__(self, sides: Sides, seed: int, sound: "_Network | None" = None) -> None:
+    def __init__(self, sides: Twins, seed: int, sound: "_Network | None" = None) -> None:
         self._sides, self._seed = sides, seed
         self._pair = Pair(
             sides.ours, sides.theirs, sides.inputs, layout=sides.layout, witness=sides.witness
@@ -352,7 +352,7 @@ class _Network:
             delattr(module, _MARK)
 
 
-def _outcome(item: _Plan, sound: _Network, build: Callable[[], Sides], seed: int) -> Planted:
+def _outcome(item: _Plan, sound: _Network, build: Callable[[], Twins], seed: int) -> Planted:
     kind = _KINDS[item.kind]
     if item.side == "torch":
         import torch

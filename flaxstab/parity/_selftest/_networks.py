@@ -4,20 +4,38 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from flaxstab import blocks, functional, linear, models, norms
 from flaxstab._typing import Array
+from flaxstab.parity._inputs import Layout
 from flaxstab.parity._selftest._cases import normal
-from flaxstab.parity._selftest._plant import Sides
 
 if TYPE_CHECKING:
     import torch
 
 _CLASSES, _WIDTH, _GROUPS, _HEADS = 3, 4, 2, 2
+
+
+class Twins(NamedTuple):
+    """One network in both frameworks.
+
+    Attributes:
+      ours: Flax's.
+      theirs: PyTorch's.
+      inputs: what both are fed.
+      witness: PyTorch's once more, in which no fault is planted.
+      layout: as of ``compare``.
+    """
+
+    ours: nnx.Module
+    theirs: "torch.nn.Module"
+    inputs: tuple[np.ndarray, ...]
+    witness: "torch.nn.Module"
+    layout: Layout
 
 
 class _PreAct(nnx.Module):
@@ -75,7 +93,7 @@ class _Perceptron(nnx.Module):
         return self.head(self.norm(self.block3(self.block2(self.block1(x)))))
 
 
-def networks() -> dict[str, Callable[[], Sides]]:
+def networks() -> dict[str, Callable[[], Twins]]:
     """Returns the networks, each a function that builds its sides anew."""
     return {
         "ResNet, batch norm": _resnet,
@@ -85,7 +103,7 @@ def networks() -> dict[str, Callable[[], Sides]]:
     }
 
 
-def _sides(ours: nnx.Module, theirs: "torch.nn.Module", x: np.ndarray) -> Sides:
+def _sides(ours: nnx.Module, theirs: "torch.nn.Module", x: np.ndarray) -> Twins:
     """Moves all parameters, for scales of 1 and biases of 0 hide what is done to them."""
     import torch
 
@@ -93,10 +111,10 @@ def _sides(ours: nnx.Module, theirs: "torch.nn.Module", x: np.ndarray) -> Sides:
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.tensor(rng.normal(0.0, 0.2, parameter.shape)))
-    return Sides(ours, theirs, (x,), copy.deepcopy(theirs), "image" if x.ndim == 4 else None)
+    return Twins(ours, theirs, (x,), copy.deepcopy(theirs), "image" if x.ndim == 4 else None)
 
 
-def _resnet() -> Sides:
+def _resnet() -> Twins:
     import torch
 
     from torch_ref.resnet import ResNet
@@ -108,7 +126,7 @@ def _resnet() -> Sides:
     return _sides(ours, theirs, normal(3, 6, 6, 3))
 
 
-def _preact() -> Sides:
+def _preact() -> Twins:
     import torch
     from torch import nn
 
@@ -131,7 +149,7 @@ def _preact() -> Sides:
     return _sides(_PreAct(), PreAct(), normal(3, 6, 6, 3))
 
 
-def _encoder() -> Sides:
+def _encoder() -> Twins:
     import torch
     from torch import nn
 
@@ -153,7 +171,7 @@ def _encoder() -> Sides:
     return _sides(_Encoder(), Encoder(), normal(2, 5, 2 * _WIDTH, offset=0.5, scale=1.0))
 
 
-def _perceptron() -> Sides:
+def _perceptron() -> Twins:
     import torch
     from torch import nn
 
