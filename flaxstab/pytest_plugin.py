@@ -79,11 +79,11 @@ class Parity:
         """
         from flaxstab import parity
 
-        def script(path: Path) -> object:
+        def script(path: Path, report: "Report") -> object:
             return parity.reproduce(
                 flax_side, torch_side, *inputs, path=path, layout=layout, weights=weights,
                 rename=rename, dtypes=dtypes, seed=seed,
-                flax_source=flax_source, torch_source=torch_source,
+                flax_source=flax_source, torch_source=torch_source, report=report,
             )  # fmt: skip
 
         def compare() -> "Report":
@@ -135,7 +135,7 @@ class Parity:
     def _passed(
         self,
         compare: "Callable[[], Report]",
-        script: "Callable[[Path], object] | None" = None,
+        script: "Callable[[Path, Report], object] | None" = None,
         path: Path | None = None,
     ) -> "Report":
         """Returns the report, or fails the test with one screen of it.
@@ -155,7 +155,7 @@ class Parity:
         if path is None and self._written is not None:
             path = self._written.script()
         if report is not None and not report.passed and script is not None and path is not None:
-            shown = _reproduced(script, path)
+            shown = _reproduced(script, path, report)
         if self._written is not None:
             self._written.keep(report, words, shown)
         broken = "" if self._baselines is None else self._baselines.broken
@@ -166,11 +166,11 @@ class Parity:
         pytest.fail(f"parity: {words or report}" + (f"\n  {shown}" if shown else ""), pytrace=False)
 
 
-def _reproduced(script: "Callable[[Path], object]", path: Path) -> str:
+def _reproduced(script: "Callable[[Path, Report], object]", path: Path, report: "Report") -> str:
     """Says where the script of a difference is, or why there is none."""
     try:
-        return f"alone: {script(path)}"
-    except ValueError as error:
+        return f"alone: {script(path, report)}"
+    except Exception as error:  # the test's own failure is what must be told
         return f"no script: {error}"
 
 

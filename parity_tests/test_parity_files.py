@@ -62,6 +62,15 @@ def test_a_session_is_read_back_exactly(tmp_path: Path) -> None:
     assert parity.read_session(written(tmp_path)) == SESSION
 
 
+def test_a_file_keeps_the_layers_that_a_report_found(tmp_path: Path) -> None:
+    looked = REPORT._replace(where=lambda: LOCATION)
+    path = parity.write_report(looked, tmp_path / "r.json")
+    assert parity.read_session(path).cases[0].location == LOCATION
+    assert parity.read_report(path) == looked._replace(where=None)
+    given = parity.write_report(looked, path, location=LOCATION._replace(first="x"))
+    assert parity.read_session(given).cases[0].location.first == "x"
+
+
 def test_nan_is_read_back_as_nan(tmp_path: Path) -> None:
     nan = FINDINGS[0]._replace(jax_error=math.nan, torch_error=-math.inf)
     path = parity.write_report(Report((nan,)), tmp_path / "r.json")

@@ -27,10 +27,14 @@ Gradients = Callable[..., tuple[PyTree, PyTree, PyTree]]
 
 
 class Programs:
-    """What was compiled, kept for layers of the same type, settings and call."""
+    """What was compiled, kept for layers of the same type, settings and call.
 
-    def __init__(self) -> None:
-        self._known: dict[object, Gradients] = {}
+    Args:
+      base: programs that are taken where they fit, and not added to.
+    """
+
+    def __init__(self, base: "Programs | None" = None) -> None:
+        self._known: dict[object, Gradients] = {} if base is None else dict(base._known)
         self._kept: list[object] = []  # so that their ids stay theirs
 
     def gradients(self, graph: nnx.GraphDef[nnx.Module], form: Form, bits: int | None) -> Gradients:
@@ -123,6 +127,7 @@ class FlaxLayer:
         evaluating.eval()
         self._graphs = {True: nnx.graphdef(module), False: nnx.graphdef(evaluating)}
         _, self._params, *rest = nnx.split(module, nnx.Param, ...)
+        self.has_modes = self._graphs[True] != self._graphs[False] or bool(jax.tree.leaves(rest[0]))
         with jax_at(EXACT):
             self.start = stored_as(rest[0], Precision(np.float64, stored))
 
@@ -170,8 +175,11 @@ class FlaxLayer:
             for seed in range(DRAWS):
                 params, arrays, pulled = moved((exact, fed.arrays, fed.cotangents), seed, unit)
                 # Masks and classes given as floats stay: moving them would cross jumps.
-                kept = [a if is_integral(a) else b for a, b in zip(fed.arrays, arrays, strict=True)]
-                given = Fed(tuple(map(np.asarray, kept)), pulled)
+                kept = [
+                    a if is_integral(a) else np.asarray(b)
+                    for a, b in zip(fed.arrays, arrays, strict=True)
+                ]
+                given = Fed(tuple(kept), pulled)
                 found.append(self._named(gradients, params, state, given, np.float64)[0])
         return found
 
@@ -179,7 +187,8 @@ class FlaxLayer:
         self, gradients: Gradients, params: PyTree, rest: PyTree, fed: Fed, dtype: DTypeLike
     ) -> tuple[Values, PyTree]:
         arrays = [jnp.asarray(a, dtype) if is_float(a) else jnp.asarray(a) for a in fed.arrays]
-        pulled = fed.cotangents and tuple(jnp.asarray(a) for a in fed.cotangents)
+        given = fed.cotangents
+        pulled = None if given is None else [jnp.asarray(a) for a in given]
         outputs, (params, inputs), after = gradients(params, rest, arrays, pulled)
         grads = self.naming.tensors(params, gradients=True) if pulled else {}
         found = named(outputs, inputs, grads, self.naming.tensors(after))
@@ -256,7 +265,7 @@ class TorchLayer:
     def _gradients(
         self, tensors: "list[torch.Tensor]", found: "list[torch.Tensor]", fed: Fed,
         outputs: Sequence[bool | None],
-    ) -> "tuple[list[torch.Tensor], dict[str, np.ndarray]]":  # fmt: skip
+    ) -> "tuple[Sequence[torch.Tensor], dict[str, np.ndarray]]":  # fmt: skip
         import torch
 
         if fed.cotangents is None:
@@ -269,7 +278,7 @@ class TorchLayer:
         ]
         smooth = [(a, c) for a, c in zip(found, pulled, strict=True) if a.requires_grad]
         wanted = [*floats, *params.values()]
-        grads = [torch.zeros_like(t) for t in wanted]
+        grads: Sequence[torch.Tensor] = [torch.zeros_like(t) for t in wanted]
         if smooth and wanted:
             ends, ways = zip(*smooth, strict=True)
             grads = torch.autograd.grad(

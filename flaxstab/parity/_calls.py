@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +47,26 @@ class Form(NamedTuple):
         return args, kwargs
 
 
+class Asked(NamedTuple):
+    """How a Flax module was called.
+
+    Attributes:
+      form: without the arrays; one that is given twice has one slot.
+      arrays: the shapes and dtypes of what it was given.
+    """
+
+    form: Form
+    arrays: tuple[jax.ShapeDtypeStruct, ...]
+
+
 class Call(NamedTuple):
-    """One call of one module.
+    """One call of a PyTorch module.
 
     Attributes:
       name: of the module.
-      form: how it was called; an array that is given twice has one slot.
-      arrays: what it was given: NumPy arrays, or on JAX's side their shapes and dtypes.
-      outputs: its floating-point results in order, likewise.
+      form: how it was called; a tensor that is given twice has one slot.
+      arrays: what it was given.
+      outputs: its floating-point results in order.
       cotangents: of the outputs, or none if there was no backward pass.
     """
 
@@ -78,6 +90,10 @@ def _form(call: PyTree, is_array: Callable[[object], bool]) -> tuple[Form, list[
         else:
             found.append(leaf)
     return Form(tree, tuple(found)), arrays
+
+
+def _is_array(value: object) -> TypeGuard[Array | np.ndarray]:
+    return isinstance(value, jax.Array | np.ndarray)
 
 
 class TorchCalls:
@@ -185,7 +201,7 @@ class FlaxCalls:
     """
 
     def __init__(self, tell: Tell | None = None) -> None:
-        self.found: dict[str, list[Call]] = {}
+        self.found: dict[str, list[Asked]] = {}
         self._tell, self._open = tell, [""]
 
     @contextmanager
@@ -216,13 +232,11 @@ class FlaxCalls:
             self._open.pop()
         name = "" if tag == "." else tag
         number = len(self.found.setdefault(name, []))
-        form, arrays = _form((args, kwargs), lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
+        form, arrays = _form((args, kwargs), _is_array)
+        asked = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays if _is_array(a))
+        self.found[name].append(Asked(form, tuple(asked)))
         leaves, tree = jax.tree.flatten(output)
         floats = [a for a in leaves if isinstance(a, jax.Array) and is_float(a)]
-        shapes = (
-            tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in b) for b in (arrays, floats)
-        )
-        self.found[name].append(Call(name, form, *shapes))
         if self._tell is None:
             return output
         places = {id(a): place for place, a in enumerate(floats)}
@@ -264,17 +278,17 @@ def _tapped(value: Array, tell: Tell, call: tuple[str, int], place: int) -> Arra
 def _calling(kinds: Mapping[type, None], call: Callable[..., PyTree]) -> Iterator[None]:
     """Lets calls of modules of some types go through a function, inside a ``with`` block."""
     own = {kind: vars(kind).get("__call__") for kind in kinds}
-    around = {kind: kind.__call__ for kind in kinds}
+    around = {kind: getattr(kind, "__call__") for kind in kinds}  # noqa: B004, B009
     for kind in kinds:
-        kind.__call__ = _through(call, around[kind])
+        setattr(kind, "__call__", _through(call, around[kind]))  # noqa: B010 - on purpose
     try:
         yield
     finally:
         for kind, method in own.items():
             if method is None:
-                del kind.__call__
+                delattr(kind, "__call__")
             else:
-                kind.__call__ = method
+                setattr(kind, "__call__", method)  # noqa: B010
 
 
 def _through(call: Callable[..., PyTree], original: Callable[..., PyTree]) -> Callable[..., PyTree]:

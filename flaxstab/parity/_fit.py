@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flaxstab._typing import Shape
-from flaxstab.parity._calls import Call, Form, Slot
+from flaxstab.parity._calls import Asked, Call, Form, Slot
 from flaxstab.parity._inputs import Layout, is_float
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Fit(NamedTuple):
     moved: tuple[bool, ...]
 
 
-def fit(theirs: Call, ours: Call | None, module: "torch.nn.Module", layout: Layout) -> Fit:
+def fit(theirs: Call, ours: Asked | None, module: "torch.nn.Module", layout: Layout) -> Fit:
     """Matches a call of PyTorch's layer with one of its Flax twin.
 
     Args:
@@ -84,14 +85,15 @@ def outputs_of(
     return tuple(found)
 
 
-def _order(theirs: Sequence[np.ndarray], ours: Sequence[np.ndarray]) -> list[int]:
+def _order(theirs: Sequence[np.ndarray], ours: Sequence[jax.ShapeDtypeStruct]) -> list[int]:
     """Returns the place of each of Flax's arrays among PyTorch's, by kind and in order."""
     kinds = [[i for i, a in enumerate(theirs) if is_float(a) == k] for k in (True, False)]
-    counts = [sum(is_float(a) == k for a in ours) for k in (True, False)]
+    floats = [bool(jnp.issubdtype(a.dtype, jnp.floating)) for a in ours]
+    counts = [sum(f == k for f in floats) for k in (True, False)]
     if [len(k) for k in kinds] != counts:
         raise UnfitError(f"it is given {len(theirs)} arrays in PyTorch and {len(ours)} in Flax")
     left = [iter(kind) for kind in kinds]
-    return [next(left[0] if is_float(a) else left[1]) for a in ours]
+    return [next(left[0] if f else left[1]) for f in floats]
 
 
 def _moves(

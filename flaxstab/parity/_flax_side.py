@@ -22,7 +22,7 @@ from flaxstab.parity._inputs import (
 from flaxstab.parity._magnitude import DRAWS, UNIT, moved, rounded, sizes
 from flaxstab.parity._place import located
 from flaxstab.parity._precision import EXACT, Precision, jax_at
-from flaxstab.parity._program import Program
+from flaxstab.parity._program import Modes, Program
 
 
 class Compiled(NamedTuple):
@@ -149,7 +149,7 @@ def stored_as(tree: PyTree, precision: Precision) -> PyTree:
     return jax.tree.map(cast, tree)
 
 
-def compiled_program(program: Program, transform: Callable[..., Callable[..., object]]) -> Compiled:
+def compiled_program(program: Modes, transform: Callable[..., Callable[..., object]]) -> Compiled:
     """Returns a program's three functions, transformed and compiled when they are first run."""
 
     def gradients(

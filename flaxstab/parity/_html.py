@@ -206,7 +206,7 @@ section > * + *, details > * + *, figure > * + * { margin-top: 12px; }
 table { border-collapse: collapse; font-size: 13.5px; min-width: 50%; }
 th { text-align: left; color: var(--soft); font-weight: 600; white-space: nowrap; }
 th, td { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { overflow-wrap: anywhere; min-width: 3em; }
+td { overflow-wrap: break-word; min-width: 3em; max-width: 36em; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.mark { width: 1.6em; min-width: 0; font-weight: 700; }
 pre { padding: 12px 14px; overflow-x: auto; background: var(--panel);

@@ -9,7 +9,7 @@ from flax import nnx
 
 from flaxstab._typing import DTypeLike, PyTree
 from flaxstab.parity._alone import Fed, FlaxLayer, Programs, TorchLayer
-from flaxstab.parity._calls import Call
+from flaxstab.parity._calls import Asked, Call
 from flaxstab.parity._fit import Fit, UnfitError, fit, outputs_of
 from flaxstab.parity._inputs import Layout, Values, is_float, largest
 from flaxstab.parity._magnitude import BITS, UNIT, sizes
@@ -87,8 +87,8 @@ class LayerPair:
 
     def judge(
         self,
-        training: Sequence[tuple[Call, Call | None]],
-        evaluation: Sequence[tuple[Call, Call | None]],
+        training: Sequence[tuple[Call, Asked | None]],
+        evaluation: Sequence[tuple[Call, Asked | None]],
     ) -> Found:
         """Judges the layer's calls in training one after the other, then those in evaluation.
 
@@ -101,7 +101,9 @@ class LayerPair:
         """
         rest, findings, units, notes = self._flax.start, [], [], []
         moves: list[tuple[bool, ...]] = []
-        for is_training, calls in ((True, training), (False, evaluation)):
+        # A layer without modes and statistics does the same in evaluation.
+        later = evaluation if self._flax.has_modes else ()
+        for is_training, calls in ((True, training), (False, later)):
             for theirs, ours in calls:
                 run = self._run(theirs, ours, rest, training=is_training)
                 if None in run.outputs:
@@ -116,7 +118,7 @@ class LayerPair:
                     notes += [note] if note else []
         return Found(tuple(findings), tuple(units), tuple(moves), tuple(dict.fromkeys(notes)))
 
-    def _run(self, theirs: Call, ours: Call | None, rest: PyTree, *, training: bool) -> _Run:
+    def _run(self, theirs: Call, ours: Asked | None, rest: PyTree, *, training: bool) -> _Run:
         module = self._exact.module
         fitted = fit(theirs, ours, module, self._layout)
         fed = Fed(fitted.arrays, None)

@@ -11,27 +11,25 @@ from flax import nnx
 from flaxstab import interop
 from flaxstab._typing import Array, DTypeLike, PyTree
 from flaxstab.parity._alone import Programs
-from flaxstab.parity._calls import Call, FlaxCalls, Told, TorchCalls
+from flaxstab.parity._calls import Asked, Call, FlaxCalls, Told, TorchCalls
 from flaxstab.parity._flax_side import compiled_program, stored_as
 from flaxstab.parity._inputs import Inputs, Values, largest
 from flaxstab.parity._layer_judge import Found, LayerPair
 from flaxstab.parity._layer_table import LayerTable
 from flaxstab.parity._layers import Direction, Location
 from flaxstab.parity._precision import Precision, jax_at
-from flaxstab.parity._program import REST, NNXProgram
+from flaxstab.parity._program import REST, Modes, NNXProgram
 from flaxstab.parity._torch_side import Rename, TorchSide, at_precision, numpy_of, torch_tensor
 from flaxstab.parity._verdict import judge_semantics
 
 if TYPE_CHECKING:
     import torch
 
-Forms = Mapping[str, Sequence[Call]]
+Forms = Mapping[str, Sequence[Asked]]
 
 
 class _Recorded:
     """A program whose modules' calls are recorded."""
-
-    is_module = True
 
     def __init__(self, program: NNXProgram, recorder: FlaxCalls) -> None:
         self._program, self._recorder = program, recorder
@@ -67,23 +65,30 @@ class Locator:
       side: PyTorch's.
       fed: what both are given.
       dtype: a lower precision to judge, too, or float64.
+      programs: what was compiled for layers like these.
     """
 
     def __init__(
-        self, program: NNXProgram, side: TorchSide, fed: Inputs, dtype: DTypeLike = np.float64
+        self,
+        program: NNXProgram,
+        side: TorchSide,
+        fed: Inputs,
+        dtype: DTypeLike = np.float64,
+        programs: Programs | None = None,
     ) -> None:
+        if side.module is None:
+            raise ValueError("side must hold a torch.nn.Module, got a function.")
         self._program, self._side, self._fed, self._dtype = program, side, fed, dtype
+        self._module = side.module
         self._exact = Precision(np.float64, dtype)
         self._modules = interop.named_modules(program.module)
-        self._programs = Programs()
+        self._programs = programs or Programs()
         self._twins = self._paired()
 
     def _paired(self) -> dict[str, str]:
         """Returns Flax's name of each PyTorch module that has a counterpart."""
-        if self._side.module is None:
-            return {}
         found = {}
-        for name, module in self._side.module.named_modules():
+        for name, module in self._module.named_modules():
             tensors = [n for n, _ in [*module.named_parameters(recurse=False),
                                       *module.named_buffers(recurse=False)]]  # fmt: skip
             twin = _twin(name, tensors, self._side.rename, self._modules)
@@ -101,17 +106,26 @@ class Locator:
         """
         calls = self._torch_calls(check_plain=free)
         forms, told, notes = self._flax_calls(free=free)
+        notes = (*calls.notes, *notes, *self._unmatched(calls))
+        if stop:  # going forward alone is faster
+            ahead = calls._replace(training=[c._replace(cotangents=()) for c in calls.training])
+            table = self._table(ahead, forms, told, stop=True)
+            if table.differing("forward"):
+                return table.location(notes)
+        return self._table(calls, forms, told).location(notes)
+
+    def _table(
+        self, calls: _Calls, forms: tuple[Forms, Forms], told: Told, *, stop: bool = False
+    ) -> LayerTable:
         table = LayerTable(self._order(calls))
         for name in table.order:
             if table.holds(name):
                 continue
             found, reason = self._judged(name, calls, forms)
-            arrived = self._inherited(name, found, calls, told)
-            table.add(name, found, reason, arrived)
+            table.add(name, found, reason, self._inherited(name, found, calls, told))
             if stop and table.differing("forward"):
                 break
-        unmatched = self._unmatched(calls)
-        return table.location((*calls.notes, *notes, *unmatched))
+        return table
 
     def _order(self, calls: _Calls) -> list[str]:
         ended = [call.name for call in (*calls.training, *calls.evaluation)]
@@ -124,7 +138,8 @@ class Locator:
         side, fed = self._side, self._fed
         notes: tuple[str, ...] = ()
         with side.ready(fed, self._exact, self._program.module) as (module, tensors):
-            training = TorchCalls(module, self._twins)
+            model = module or self._module
+            training = TorchCalls(model, self._twins)
             with training.recording():
                 outputs = side.call(module, tensors, fed)
             smooth = {n: a for n, a in outputs.items() if a.requires_grad}
@@ -133,8 +148,8 @@ class Locator:
                 [torch_tensor(_first(fed.cotangents[n], a)).to(a.dtype) for n, a in smooth.items()],
             )
             captured = {n: numpy_of(a) for n, a in outputs.items()}
-            module.eval()
-            evaluation = TorchCalls(module, self._twins)
+            model.eval()
+            evaluation = TorchCalls(model, self._twins)
             with evaluation.recording():
                 side.call(module, tensors, fed)
             with torch.no_grad():
@@ -177,7 +192,8 @@ class Locator:
     ) -> tuple[str, ...]:
         pulled = {n: jnp.asarray(c) for n, c in self._fed.cotangents.items()}
         runs = []
-        for program in (recorded, self._program):
+        both: tuple[Modes, Modes] = (recorded, self._program)
+        for program in both:
             run = compiled_program(program, lambda function: function).gradients
             outputs, _, _ = jax.block_until_ready(run(params, rest, arrays, pulled))
             runs.append({n: np.asarray(a) for n, a in outputs.items()})
@@ -188,7 +204,7 @@ class Locator:
         self, name: str, calls: _Calls, forms: tuple[Forms, Forms]
     ) -> tuple[Found | None, str]:
         """Judges one layer alone; returns the reason if it cannot be."""
-        twin, module = self._twins[name], self._side.module
+        twin, layer = self._twins[name], self._module.get_submodule(name)
         modes = ((calls.training, forms[0]), (calls.evaluation, forms[1]))
         pairs = [
             [
@@ -198,11 +214,11 @@ class Locator:
             for made, by_name in modes
         ]
         try:
-            exact = at_precision(module.get_submodule(name), self._exact)
+            exact = at_precision(layer, self._exact)
             low = None
             if np.dtype(self._dtype) != np.float64:
                 low_kind = Precision(self._dtype, self._dtype)
-                low = at_precision(module.get_submodule(name), low_kind)
+                low = at_precision(layer, low_kind)
             pair = LayerPair(
                 self._modules[twin], exact, low, layout=self._fed.layout,
                 rename=self._local(name), programs=self._programs, dtype=self._dtype,
@@ -229,12 +245,13 @@ class Locator:
         self, name: str, found: Found | None, calls: _Calls, told: Told
     ) -> dict[Direction, float]:
         """Returns how far the layer's outputs and cotangents are apart where it stands."""
-        missing = {"forward": np.nan, "backward": np.nan}
+        worst: dict[Direction, float] = {"forward": np.nan, "backward": np.nan}
         if found is None:
-            return missing
+            return worst
         theirs = [call for call in calls.training if call.name == name]
-        worst = dict(missing)
-        for direction, kind in (("forward", "output"), ("backward", "cotangent")):
+        kinds: tuple[tuple[Direction, str], ...]
+        kinds = (("forward", "output"), ("backward", "cotangent"))
+        for direction, kind in kinds:
             ours = told.of(self._twins[name], kind)
             values = [call.outputs if kind == "output" else call.cotangents for call in theirs]
             if len(ours) != len(values):
@@ -248,7 +265,7 @@ class Locator:
         seen = {call.name for call in (*calls.training, *calls.evaluation)}
         own = [
             (name, name in self._twins)
-            for name, module in self._side.module.named_modules()
+            for name, module in self._module.named_modules()
             if next(module.parameters(recurse=False), None) is not None
         ]
         alone = [name for name, paired in own if not paired]

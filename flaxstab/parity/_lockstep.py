@@ -197,6 +197,7 @@ def _one_step(step: int, batch: Batch, wide: _Wide, lows: list[_Low], book: "_Bo
     third = {} if wide.witness is None else wide.witness(batch, wide.jax.state)
     ours = wide.jax.step(batch)
     moves = [run.step(batch) for run in wide.moved]
+    book.order = {name: place for place, name in enumerate(theirs)}
     # Of some steps nothing was recorded, where PyTorch is absent.
     for name in [*ours, *(n for n in theirs if n not in ours)] if theirs else []:
         if name in ours and name in theirs:
@@ -226,6 +227,7 @@ class _Book:
         self.notes: dict[str, None] = {}  # an ordered set
         self._optional = optional
         self.departure: Departure | None = None
+        self.order: dict[str, int] = {}  # of PyTorch's quantities: of a kind, as they are defined
         self._tolerances, self._watch = tolerances, watch
         self._spread: dict[tuple[str, str], float] = {}
         self._size: dict[str, float] = {}
@@ -238,7 +240,7 @@ class _Book:
                 Departure(step, finding.name, finding.dtype, finding.excess),
                 self.departure,
             )
-            if first is None or (step == first.step and _order(found) < _order(first)):
+            if first is None or (step == first.step and self._order(found) < self._order(first)):
                 self.departure = found
         finding = finding._replace(explanation=f"at step {step} {finding.explanation}")
         old = self.findings.get(key)
@@ -254,6 +256,21 @@ class _Book:
             name = jnp.dtype(dtype).name
             spreads = {n: gap for (n, kind), gap in self._spread.items() if kind == name}
             self._watch(step, name, ours, theirs, spreads)
+
+    def _order(self, departure: Departure) -> tuple[int, int]:
+        """Orders what parts in one step from cause to effect, then as the program computes it.
+
+        Buffers move in the forward pass, from the first layer on; gradients reach the last layer
+        first, and so does what is made of them.
+        """
+        causes = ("loss", "gradient", "buffer")
+        effects = ("step", "update", "param")  # moments stand between
+        kind = departure.name.split(" ", maxsplit=1)[0]
+        place = self.order.get(departure.name, len(self.order))
+        place = place if kind in causes else -place
+        if kind in causes:
+            return causes.index(kind) - len(causes), place
+        return effects.index(kind) + 1 if kind in effects else 0, place
 
     def alone(self, step: int, name: str, owner: str) -> None:
         """Notes a quantity that one side has, or finds fault with it."""
@@ -309,16 +326,6 @@ class _Book:
 def _chaotic(name: str, dtype: str) -> Finding:
     words = "perturbed runs differ by as much as it is large: this training amplifies rounding"
     return Finding(name, Verdict.ILL_CONDITIONED, dtype, 0.0, 0.0, np.inf, words)
-
-
-def _order(departure: Departure) -> tuple[int, float]:
-    """Orders what parts in one step from cause to effect, then by how far it parts."""
-    causes = ("loss", "gradient", "buffer")
-    effects = ("step", "update", "param")  # moments stand between
-    kind = departure.name.split(" ", maxsplit=1)[0]
-    if kind in causes:
-        return causes.index(kind) - len(causes), -departure.excess
-    return effects.index(kind) + 1 if kind in effects else 0, -departure.excess
 
 
 def _gravity(finding: Finding) -> int:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import DTypeLike
+from flaxstab.parity._alone import Programs
 from flaxstab.parity._carry import Weights, carry
 from flaxstab.parity._flax_side import FlaxSide
 from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest, own_rng
@@ -34,8 +35,9 @@ from flaxstab.parity._verdict import (
     judge_numerics,
     judge_semantics,
     of_cancelling,
+    other_dtype,
+    outvoted,
     repeated_draws,
-    the_wrong_one,
     unit_of_worst,
     vanishes,
 )
@@ -43,7 +45,6 @@ from flaxstab.parity._verdict import (
 if TYPE_CHECKING:
     import torch
 
-_PASSED_ON = ("output", "evaluation", "grad input")  # what the next layer sees the dtype of
 _REDRAWS = 2
 
 
@@ -86,6 +87,8 @@ class Pair:
         if self._witness is not None:
             self._witness.load(self._torch.tensors() if self._witness.module is not None else {})
         made = self._program
+        self.programs = Programs()  # of layers, alone
+        self.magnitudes: Values | None = None  # if they are known from a pair like this one
         self._drawing = made.module if isinstance(made, NNXProgram) else None
         if self._drawing is None and self._torch.module is not None:
             check_silent(self._torch.module)
@@ -102,7 +105,9 @@ class Pair:
         fed = self.fed(inputs, seed)
         kinds, stored = lower(fed.arrays, dtypes)
         exact = self._exact(fed, stored)
-        magnitudes = self._flax.magnitudes(exact.fed, exact.ours, exact.precision)
+        magnitudes = self.magnitudes or self._flax.magnitudes(
+            exact.fed, exact.ours, exact.precision
+        )
         findings = self._semantics(exact, magnitudes, tolerances)
         for kind in kinds:
             oracle = exact if kind == stored else self._exact(fed, kind)
@@ -129,6 +134,22 @@ class Pair:
         cotangents = {name: rng.normal(size=shape) for name, shape in self._shapes.items()}
         return Inputs(tuple(inputs), cotangents, self._layout)
 
+    @property
+    def torch_module(self) -> "torch.nn.Module":
+        """PyTorch's module, the copy that is run.
+
+        Raises:
+          ValueError: if that side is a function.
+        """
+        if self._torch.module is None:
+            raise ValueError("torch_side must be a module here, got a function.")
+        return self._torch.module
+
+    def measured(self, inputs: Sequence[np.ndarray], seed: int) -> Values:
+        """Returns the magnitudes of what :meth:`judge` compares without lower precisions."""
+        exact = self._exact(self.fed(inputs, seed), np.float64)
+        return self._flax.magnitudes(exact.fed, exact.ours, exact.precision)
+
     def _layered(self) -> bool:
         """Whether there are layers, on both sides, that one may look at."""
         module = self._torch.module
@@ -150,7 +171,7 @@ class Pair:
                 "layers are found in an nnx.Module and a torch.nn.Module, got another kind of "
                 "side. Compare these as a whole, with parity.compare."
             )
-        return Locator(self._program, self._torch, fed, dtype)
+        return Locator(self._program, self._torch, fed, dtype, self.programs)
 
     def sides(self) -> "tuple[nnx.Module | None, torch.nn.Module | None]":
         """Returns both sides with the weights that they are compared with; None for functions."""
@@ -192,7 +213,7 @@ class Pair:
     ) -> list[Finding]:
         ours, theirs = exact.ours, exact.theirs
         findings = [
-            (factor_of(n, tolerances) == 1 and _other_dtype(n, "float64", a, theirs[n]))
+            (factor_of(n, tolerances) == 1 and other_dtype(n, "float64", a, theirs[n]))
             or judge_semantics(n, a, theirs[n], magnitudes[n], factor_of(n, tolerances))
             for n, a in ours.items()
             if n in theirs
@@ -225,7 +246,7 @@ class Pair:
             if name in third and name in ours and name in theirs:
                 # Of a result that a fault made constant, JAX's magnitude is 0.
                 size = np.maximum(magnitudes[name], largest(third[name]))
-                return _outvoted(ours[name], theirs[name], third[name], size)
+                return outvoted(ours[name], theirs[name], third[name], size)
             if name.startswith("grad ") and same_outputs and name in ours and name in theirs:
                 return self._off_slope(exact.fed, name, ours[name], theirs[name])
             return ""
@@ -346,7 +367,7 @@ class Pair:
             sides = low.ours[name], low.theirs[name]
             oracles, factor = (exact.ours[name], exact.theirs[name]), factor_of(name, tolerances)
             findings.append(
-                _other_dtype(name, kind.name, *sides)
+                other_dtype(name, kind.name, *sides)
                 or judge_numerics(name, *sides, oracles, unit, kind, factor)
             )
         return findings
@@ -373,21 +394,3 @@ class _Low(NamedTuple):
 def _has_stock_dropout(model: nnx.Module) -> bool:
     modules = (module for _, module in nnx.iter_modules(model))
     return any(isinstance(module, nnx.Dropout) and module.rate > 0 for module in modules)
-
-
-def _other_dtype(name: str, kind: str, ours: np.ndarray, theirs: np.ndarray) -> Finding | None:
-    """Returns the finding that what is passed on has two dtypes, and which is not the inputs'."""
-    passed_on = name.startswith(_PASSED_ON) and not name.startswith("after")
-    if not passed_on or ours.dtype == theirs.dtype or not is_float(ours):
-        return None
-    words = f"the dtypes differ: {ours.dtype} and {theirs.dtype}"
-    side = the_wrong_one(ours.dtype.name == kind, theirs.dtype.name == kind)
-    return differ(name, kind, words, side)
-
-
-def _outvoted(
-    ours: np.ndarray, theirs: np.ndarray, third: np.ndarray, magnitude: np.ndarray
-) -> Side:
-    """Returns the side that disagrees with the witness, if the other agrees with it."""
-    right = [judge_semantics("", side, third, magnitude).passed for side in (ours, theirs)]
-    return the_wrong_one(*right)

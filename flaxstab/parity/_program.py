@@ -17,19 +17,23 @@ from flaxstab.parity._place import Names, located
 REST = nnx.All(nnx.Not(nnx.Param), nnx.Not(nnx.Intermediate))  # sown values come and go
 
 
-class Program(Protocol):
-    """What is compared: pure functions of parameters, other variables and inputs."""
-
-    is_module: bool  # whether there is a mode, and statistics may change
-
-    def variables(self) -> tuple[PyTree, PyTree]:
-        """Returns the parameters and the other variables."""
+class Modes(Protocol):
+    """Pure functions of parameters, other variables and inputs, one for each mode."""
 
     def train(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
         """Returns the output in training mode and the other variables after it."""
 
     def evaluate(self, params: PyTree, rest: PyTree, inputs: list[Array]) -> tuple[object, PyTree]:
         """Returns the output in evaluation mode and the other variables after it."""
+
+
+class Program(Modes, Protocol):
+    """What is compared."""
+
+    is_module: bool  # whether there is a mode, and statistics may change
+
+    def variables(self) -> tuple[PyTree, PyTree]:
+        """Returns the parameters and the other variables."""
 
     def load(self, tensors: Values, optional: Collection[str] = ()) -> tuple[str, ...]:
         """Takes PyTorch's tensors; returns the names of optional ones that it does without."""

@@ -58,7 +58,9 @@ class Departure(NamedTuple):
 
     Attributes:
       step: the first step after which a tensor is outside its bound, from 1.
-      name: the tensor that is furthest outside it then.
+      name: the tensor that is outside it then; of several the first that a step computes: the
+        loss, buffers from the first layer on, then from the last layer on moments, updates and
+        parameters.
       dtype: the precision of that run.
       excess: its error over its bound.
     """
@@ -67,6 +69,12 @@ class Departure(NamedTuple):
     name: str
     dtype: str
     excess: float
+
+    @property
+    def layer(self) -> str:
+        """The layer whose tensor it is, as PyTorch spells it; '' of the loss or a bare tensor."""
+        _, _, tensor = self.name.partition(" ")
+        return tensor.rpartition(".")[0]
 
 
 class Report(NamedTuple):
@@ -164,7 +172,9 @@ class Report(NamedTuple):
         lines = [self.headline]
         if self.departure is not None:
             first = self.departure
-            lines.append(f"  first apart: {first.name} after step {first.step}, in {first.dtype}")
+            layer = f" (layer {first.layer})" if first.layer else ""
+            where = f"{first.name} after step {first.step}, in {first.dtype}"
+            lines.append(f"  first apart: {where}{layer}")
         shown = self.telling or ((self.worst,) if self.findings else ())
         lines += [_line(f) for f in shown[:_SHOWN]]
         if len(shown) > _SHOWN:

@@ -9,7 +9,7 @@ from flaxstab.parity._report import Report
 from flaxstab.parity._session import Case, Session
 from flaxstab.parity._verdict import Finding, Verdict
 
-_SHOWN = 40  # rows of a failing case; the JSON file holds all
+_SHOWN = 20  # rows of a failing case; the JSON file holds all
 _CHARTED = 30  # bars of quantities
 _MEANT = {
     "own": "differs",
@@ -80,11 +80,14 @@ def _found(case: Case, report: Report, alone: bool) -> Iterator[Body]:
     if report.departure is not None:
         first = report.departure
         yield Text(f"First apart: {first.name} after step {first.step}, in {first.dtype}.")
+    if case.location is not None:
+        yield Text(f"The {case.location.line}." if case.location.first else case.location.line)
     shown = report.telling or ((report.worst,) if report.findings else ())
     if shown:
         yield _findings(shown[:_SHOWN])
     if len(shown) > _SHOWN:
-        yield Text(f"... and {len(shown) - _SHOWN} more in the JSON file.")
+        where = f"under 'All {len(report.findings)} findings'" if alone else "in the JSON file"
+        yield Text(f"... and {len(shown) - _SHOWN} more {where}.")
     words = [f"Look at: {hint}." for hint in report.hints]
     if case.reproducer:
         words.append(f"As a script, {case.reproducer}")
@@ -108,8 +111,6 @@ def _state(finding: Finding) -> State:
 
 
 def _layers(location: Location) -> Iterator[Body]:
-    if location.first:
-        yield Text(f"The {location.line}.")
     for direction in ("forward", "backward"):
         layers = [layer for layer in location.layers if layer.direction == direction]
         run = [layer for layer in layers if not math.isnan(layer.own)]

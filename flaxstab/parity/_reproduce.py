@@ -3,6 +3,7 @@
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,6 +25,7 @@ from flaxstab.parity._layers import WHOLE
 from flaxstab.parity._models import Pair
 from flaxstab.parity._replay import torch_rate
 from flaxstab.parity._replay_attention import attention_rate
+from flaxstab.parity._report import Report
 from flaxstab.parity._reproduce_optimizer import optimizer_specimen
 from flaxstab.parity._script import Script, Specimen, script
 from flaxstab.parity._sources import is_module, source_of
@@ -93,7 +95,8 @@ def reproduce(
     seed: int = 0,
     flax_source: str = "",
     torch_source: str = "",
-    patience: float = 60.0,
+    patience: float = 30.0,
+    report: Report | None = None,
 ) -> Reproduction:
     """Writes a script that shows, with as little as possible, that two sides differ.
 
@@ -119,6 +122,7 @@ def reproduce(
         keep them under other names, functions without a name.
       torch_source: the same for ``torch_side``.
       patience: seconds after which nothing more is cut.
+      report: what :func:`compare` found with the same arguments, if that is known already.
 
     Returns:
       The script's place, and what it shows.
@@ -146,10 +150,10 @@ def reproduce(
     sides = _Sides(flax_side, torch_side, flax_source, torch_source)
     options = _Options(layout, rename, dtypes, seed)
     pair = Pair(flax_side, torch_side, arrays, layout=layout, weights=weights, rename=rename)
-    report = pair.judge(arrays, dtypes=dtypes, seed=seed)
-    failing = [f for f in report.findings if not f.passed]
+    report = report or pair.judge(arrays, dtypes=dtypes, seed=seed)
+    failing = _failing(report)
     check(bool(failing), "the two sides must differ", verdict=str(report.verdict))
-    for layer, draft in _drafts(pair, sides, arrays, failing, options):
+    for layer, draft in _drafts(pair, sides, arrays, report, options):
         found = _shrunk(draft, patience)
         if found is not None:
             return _written(found, layer, target)
@@ -163,26 +167,29 @@ def _drafts(
     pair: Pair,
     sides: _Sides,
     inputs: tuple[np.ndarray, ...],
-    failing: Sequence[Finding],
+    report: Report,
     options: _Options,
 ) -> Iterator[tuple[str, Draft]]:
     """Yields drafts that differ: of the first layer that does, then of everything."""
     flax, torch_side = pair.sides()
     if isinstance(flax, nnx.Module) and torch_side is not None:
-        kind = _simplest(failing)[0].dtype
-        name = _first_layer(pair, inputs, kind, options.seed)
+        name = _first_layer(pair, inputs, report, options.seed)
         yield from _of_layer(name, flax, torch_side, inputs, options) if name else ()
     whole = sides._replace(flax=flax or sides.flax, torch=torch_side or sides.torch)
-    for finding in _simplest(failing)[:3]:
+    for finding in _failing(report)[:3]:
         yield "", _draft(whole, inputs, finding, options, pair)
 
 
-def _first_layer(pair: Pair, inputs: tuple[np.ndarray, ...], kind: str, seed: int) -> str:
+def _first_layer(pair: Pair, inputs: tuple[np.ndarray, ...], report: Report, seed: int) -> str:
     """Returns the name of the first layer that differs; '' if it is the whole, or none does."""
-    try:
-        found = pair.locator(pair.fed(inputs, seed), kind).locate(free=False, stop=True).first
-    except ValueError:  # it has no layers
-        return ""
+    kind = _failing(report)[0].dtype
+    if kind == "float64" and report.location is not None:
+        found = report.location.first
+    else:
+        try:
+            found = pair.locator(pair.fed(inputs, seed), kind).locate(free=False, stop=True).first
+        except ValueError:  # it has no layers
+            found = ""
     return "" if found == WHOLE else found
 
 
@@ -195,15 +202,16 @@ def _of_layer(
 ) -> Iterator[tuple[str, Draft]]:
     """Yields the drafts of one layer, unless it cannot be made alone."""
     spelled = options.rename(name) if options.rename else name
-    try:
-        ours, theirs = interop.named_modules(flax)[spelled], torch_side.get_submodule(name)
-        fed = _captured(torch_side, theirs, inputs, options.layout)
-        pair = Pair(ours, theirs, fed, layout=options.layout, weights=None)
-        report = pair.judge(fed, dtypes=options.dtypes, seed=options.seed)
-        for finding in _simplest([f for f in report.findings if not f.passed])[:3]:
-            yield name, _draft(_Sides(ours, theirs, "", ""), fed, finding, options, pair)
-    except (ValueError, KeyError, AttributeError):  # then the whole is shown
-        return
+    # Inside a model of images some layers have the channels last in PyTorch, too.
+    for layout in dict.fromkeys((options.layout, None)):
+        with suppress(ValueError, KeyError, AttributeError):  # then the whole is shown
+            own = options._replace(layout=layout)
+            ours, theirs = interop.named_modules(flax)[spelled], torch_side.get_submodule(name)
+            fed = _captured(torch_side, theirs, inputs, options.layout, layout)
+            pair = Pair(ours, theirs, fed, layout=layout, weights=None)
+            report = pair.judge(fed, dtypes=options.dtypes, seed=options.seed)
+            for finding in _failing(report)[:3]:
+                yield name, _draft(_Sides(ours, theirs, "", ""), fed, finding, own, pair)
 
 
 def _captured(
@@ -211,8 +219,17 @@ def _captured(
     layer: "torch.nn.Module",
     inputs: tuple[np.ndarray, ...],
     layout: Layout,
+    own: Layout,
 ) -> tuple[np.ndarray, ...]:
-    """Returns what a model in training feeds a layer first, features last."""
+    """Returns what a model in training feeds a layer first, features last.
+
+    Args:
+      model: PyTorch's side.
+      layer: a part of it.
+      inputs: of the model.
+      layout: of the model.
+      own: of the layer.
+    """
     import torch
 
     kept: list[tuple[torch.Tensor, ...]] = []
@@ -227,18 +244,18 @@ def _captured(
         handle.remove()
         model.load_state_dict(state)
     check(bool(kept), "the layer must be called", layer=type(layer).__name__)
-    return tuple(channels_last(numpy_of(t), layout) for t in kept[0])
+    return tuple(channels_last(numpy_of(t), own) for t in kept[0])
 
 
-def _simplest(failing: Sequence[Finding]) -> list[Finding]:
-    """Returns the findings, those first that tell most: of float64, outputs, early ones."""
+def _failing(report: Report) -> list[Finding]:
+    """Returns the findings that do not pass, those first that tell most."""
 
     def rank(finding: Finding) -> tuple[bool, int, int, float]:
         kind = next((i for i, k in enumerate(_KINDS) if finding.name.startswith(k)), len(_KINDS))
         step = re.match(r"step (\d+) ", finding.name)
         return finding.dtype != "float64", kind, int(step[1]) if step else 0, -finding.excess
 
-    return sorted(failing, key=rank)
+    return sorted((f for f in report.findings if not f.passed), key=rank)
 
 
 def _draft(
@@ -312,16 +329,15 @@ def _shrunk(draft: Draft, patience: float) -> Specimen | None:
     except ValueError:
         return None
     best, specimen = shrunk(draft, patience)
+    if draft.dtype == "float64":  # whose bound has four digits to spare
+        return specimen
     for one in (best, draft):
-        try:
-            flax, torch_side = one.built()
-            pair = Pair(flax, torch_side, one.inputs, layout=one.layout, weights=None)
+        with suppress(ValueError):
+            pair = Pair(*one.built(), one.inputs, layout=one.layout, weights=None)
             bound = pair.allowance(one.inputs, one.name, one.dtype)
-        except ValueError:
-            continue
-        judged = (specimen if one is best else draft.specimen())._replace(bound=bound)
-        if differs(judged):
-            return judged
+            judged = one.specimen()._replace(bound=bound)
+            if differs(judged):
+                return judged
     return None
 
 

@@ -144,7 +144,7 @@ class _Held:
         parts = [f'DTYPE = "{one.dtype}"']
         if not self._inline:
             load = 'np.load(Path(__file__).with_suffix(".npz"), allow_pickle=False)'
-            parts.append(f"DATA = {load}")
+            parts.append(f"with {load} as file:\n    DATA = dict(file)")
         parts.append(f"INPUTS = {self._list('', inputs)}")
         parts.append(f"BOUND = {one.bound!r}  # of the largest value: what rounding may do")
         if one.flax.arrays is not None:

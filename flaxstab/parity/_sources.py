@@ -5,7 +5,8 @@ import builtins
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -15,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from flaxstab._checks import check
+from flaxstab._typing import PyTree
 
 _LINES = {  # how a name is imported by convention
     "jax": "import jax",
@@ -76,6 +78,41 @@ def source_of(target: object, given: str, argument: str) -> Call:
         return Call(given)
     if not is_module(target):
         return Call(_public(target, argument))
+    layers = _in_sequence(target)
+    if layers is not None:
+        inner = (source_of(layer, "", argument).text for layer in layers)
+        return Call(f"{_public(type(target), argument)}({', '.join(inner)})")
+    return _made(_call(target, argument), argument)
+
+
+def _in_sequence(target: PyTree) -> Sequence[object] | None:
+    """Returns the layers of a Sequential of either framework; None of anything else."""
+    import torch
+
+    if type(target) is nnx.Sequential:
+        return [*target.layers]
+    return [*target] if type(target) is torch.nn.Sequential else None
+
+
+def _made(call: Call, argument: str) -> Call:
+    """Returns a call that can be carried out: some modules keep what excludes each other."""
+    arguments = dict(call.arguments or {})
+    for left_out in ("", *arguments):
+        some = Call(
+            call.name,
+            {n: text for n, text in arguments.items() if n != left_out},
+            {n: value for n, value in call.values.items() if n != left_out},
+        )
+        with suppress(Exception):  # whatever a constructor refuses with
+            evaluated(some.text)
+            return some
+    raise ValueError(
+        f"a script must be able to make both sides, got {call.text}, which cannot be carried out. "
+        f"Pass {argument}='my_models.Net(nnx.Rngs(0))', or what makes yours."
+    )
+
+
+def _call(target: object, argument: str) -> Call:
     values = dict(_held(target, argument))
     texts = {name: _literal(value, name, argument) for name, value in values.items()}
     plain = {n: v for n, v in values.items() if isinstance(v, int | float | tuple)}
@@ -106,11 +143,17 @@ def _held(module: object, argument: str) -> Iterator[tuple[str, object]]:
         key = _RENAMED.get(type(module).__name__, {}).get(name, name)
         value = getattr(module, key, parameter)
         if value is parameter and parameter.default is parameter.empty:
-            _unknown(type(module), name, argument)
+            value = _features(module) or _unknown(type(module), name, argument)
         if _is_array(value) or (value is None and isinstance(parameter.default, bool)):
             value = value is not None
         if value is not parameter and not _same(value, parameter.default):
             yield name, value
+
+
+def _features(module: object) -> int:
+    """Returns the last size of a module's variables: a guess, which its arrays must fit."""
+    variables = [v for v in vars(module).values() if isinstance(v, nnx.Variable)]
+    return next((v[...].shape[-1] for v in variables if v[...].ndim), 0)
 
 
 def _is_array(value: object) -> bool:

@@ -15,6 +15,8 @@ FLOAT32 = 1e-6  # differences below it, and far above those of float64, are floa
 CANCELLED = 16.0  # eps of its terms: of a gradient that is smaller, at most one digit is left
 BLIND = 1e-6  # of a quantity's size: a float64 bound above this compares fewer than 6 digits
 
+_PASSED_ON = ("output", "evaluation", "grad input")  # what the next layer sees the dtype of
+
 Side = Literal["jax", "torch", ""]
 
 
@@ -294,3 +296,21 @@ def by_chance(finding: Finding) -> Finding:
         "(ReLU, max) or chance in the last digit"
     )
     return finding._replace(verdict=Verdict.ILL_CONDITIONED, side="", explanation=words)
+
+
+def other_dtype(name: str, kind: str, ours: np.ndarray, theirs: np.ndarray) -> Finding | None:
+    """Returns the finding that what is passed on has two dtypes, and which is not the inputs'."""
+    passed_on = name.startswith(_PASSED_ON) and not name.startswith("after")
+    if not passed_on or ours.dtype == theirs.dtype or not is_float(ours):
+        return None
+    words = f"the dtypes differ: {ours.dtype} and {theirs.dtype}"
+    side = the_wrong_one(ours.dtype.name == kind, theirs.dtype.name == kind)
+    return differ(name, kind, words, side)
+
+
+def outvoted(
+    ours: np.ndarray, theirs: np.ndarray, third: np.ndarray, magnitude: np.ndarray
+) -> Side:
+    """Returns the side that disagrees with the witness, if the other agrees with it."""
+    right = [judge_semantics("", side, third, magnitude).passed for side in (ours, theirs)]
+    return the_wrong_one(*right)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from flaxstab.parity._diff._diff import Diff
 
-_LINES, _NAME = 24, 26  # of a screen; letters of a case's name
+_LINES = 24  # of a screen
 _STYLES = {Outcome.SAFE: "bold green", Outcome.CHANGES: "bold yellow", Outcome.BREAKS: "bold red"}
 _SIDES = {"jax": "JAX", "torch": "PyTorch", "both": "both", "": ""}
 _COUNTED = (Effect.SAME, Effect.NEW, Effect.GONE)  # these have no row of their own
@@ -37,28 +37,35 @@ class DiffScreen(NamedTuple):
             return len(console.render_lines(part, options))
 
         room = min(console.height, _LINES) - 1 - sum(map(lines, [*above, *below]))
-        fits = (n for n in range(len(cases), 1, -1) if lines(_table(cases[:n])) < room)
+        width = options.max_width * 2 // 5
+
+        def table(count: int) -> "RenderableType":
+            return _table(cases[:count], width)
+
+        fits = (n for n in range(len(cases), 1, -1) if lines(table(n)) < room)
         shown = next(fits, 1)
         yield from above
         if cases:
-            yield _table(cases[:shown])
+            yield table(shown)
         if len(cases) > shown:
             yield Text(f"  ... and {len(cases) - shown} more cases, with --json or --html")
         yield from below
 
 
-def _table(cases: Sequence[CaseDiff]) -> "RenderableType":
+def _table(cases: Sequence[CaseDiff], width: int) -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim", expand=True)
     widest = max(len(case.name) for case in cases)
-    table.add_column("case", width=min(widest, _NAME), no_wrap=True, overflow="ellipsis")
+    table.add_column("case", width=min(widest, width), no_wrap=True)
     table.add_column("moved", width=len(_SIDES["torch"]), no_wrap=True)
     table.add_column("x bound", width=len("x bound"), justify="right", no_wrap=True)
     table.add_column("what", ratio=1, no_wrap=True, overflow="ellipsis")
     for case in cases:
-        cells = case.name, _SIDES[case.mover], excess(case), f"{case.effect}: {case.words}"
+        over = len(case.name) > width  # of a test's name the end tells most
+        name = f"...{case.name[3 - width :]}" if over else case.name
+        cells = name, _SIDES[case.mover], excess(case), f"{case.effect}: {case.words}"
         table.add_row(*map(Text, cells))
     return table
 

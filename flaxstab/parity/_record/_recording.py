@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 from flaxstab import _environment
@@ -104,7 +104,7 @@ def record_suite(
         torch_from=str(torch_from),
     )
     check(
-        torch_from is not None or find_spec("torch") is not None,
+        torch_from is not None or _has_torch(),
         "PyTorch must be installed, or recorded values must stand for it",
         torch_from=None,
         fix="pip install 'flaxstab[torch]', or name a baseline with --torch-from.",
@@ -161,7 +161,7 @@ def surroundings(cases: Mapping[str, Record], torch_side: Baseline | None = None
       cases: by name.
       torch_side: what stands for PyTorch, if that is absent.
     """
-    has_torch = find_spec("torch") is not None
+    has_torch = _has_torch()
     found, failures = streams(torch_too=has_torch and torch_side is None)
     public, origin = surface(), _origin(has_torch, torch_side)
     if torch_side is not None:
@@ -171,6 +171,14 @@ def surroundings(cases: Mapping[str, Record], torch_side: Baseline | None = None
     environment = _environment.describe(devices=True)
     told = {} if torch_side is None else torch_side.torch_environment or torch_side.environment
     return Baseline(cases, environment, origin, told, public, found, failures)
+
+
+def _has_torch() -> bool:
+    try:
+        import_module("torch")
+    except ImportError:
+        return False
+    return True
 
 
 def _origin(has_torch: bool, torch_side: Baseline | None) -> Origin:

@@ -84,10 +84,11 @@ class Table(NamedTuple):
         return found and quiet and right >= RIGHT * len(self.required)
 
     def __str__(self) -> str:
-        blocks = [_outcomes(self.outcomes), "\n".join([*self._notes(), *self._sums()])]
+        blocks = [_outcomes(self.outcomes), "\n".join([*self.notes(), *self.sums()])]
         return "\n\n".join(block for block in blocks if block)
 
-    def _sums(self) -> list[str]:
+    def sums(self) -> list[str]:
+        """Returns how many faults were found, and on which side."""
         count = len(self.required)
         found = sum(outcome.found for outcome in self.required)
         right = sum(outcome.right for outcome in self.required)
@@ -100,7 +101,8 @@ class Table(NamedTuple):
             f"(largest error {highest:.2g} of its bound)",
         ]
 
-    def _notes(self) -> list[str]:
+    def notes(self) -> list[str]:
+        """Returns what went wrong, and what the comparison is known not to see."""
         lines = [f"not found: {o.fault.name} ({o.side})" for o in self.required if not o.found]
         lines += [
             f"wrong side: {o.fault.name} ({o.side}, named {o.named or 'none'})"
