@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from flaxstab import linear, models, norms, optim
+from parity_tests.support.absent import needs_graph_mode
 
 NORMS = {
     "batch": lambda: norms.BatchNorm(4),
@@ -84,7 +85,8 @@ def test_stacked_norms_and_biases_keep_their_roles() -> None:
     def run(x: jax.Array, layer: Layer) -> jax.Array:
         return layer(x)
 
-    gradients = nnx.grad(lambda model: run(jnp.ones((2, 4)), model).sum())(stacked)
+    graph, params = nnx.split(stacked)
+    gradients = nnx.grad(lambda p: run(jnp.ones((2, 4)), nnx.merge(graph, p)).sum())(params)
     mask = optim.decay_mask(stacked)
     assert decaying(stacked) == {"linear.kernel"}
     chosen = nnx.to_pure_dict(mask(gradients))
@@ -286,6 +288,7 @@ def test_an_unknown_leaf_is_named_with_the_known_ones() -> None:
         mask({"head": {"kernel": jnp.ones(())}})
 
 
+@needs_graph_mode
 def test_a_shared_layer_is_listed_once() -> None:
     class Tied(nnx.Module):
         def __init__(self) -> None:
@@ -363,6 +366,7 @@ def test_a_norm_is_known_by_a_word_of_its_name_and_through_lists() -> None:
     assert rows["matrix"].endswith("weight")
 
 
+@needs_graph_mode
 @pytest.mark.parametrize("names", ["az", "za"])
 def test_a_tied_table_is_an_embedding_whatever_its_places_are_called(names: str) -> None:
     table, head = linear.Embed(5, 4, rngs=nnx.Rngs(0)), nnx.Module()

@@ -12,6 +12,7 @@ from flax import nnx
 
 from flaxstab import linear, norms, surgery
 from flaxstab.attention import MultiHeadAttention
+from parity_tests.support.absent import needs_graph_mode
 from torch_ref import blocks as torch_blocks
 from torch_ref import initializers as torch_init
 
@@ -117,6 +118,7 @@ class Shared(nnx.Module):
         self.c = self.b
 
 
+@needs_graph_mode
 def test_a_shared_module_is_visited_once_under_its_first_path() -> None:
     """Torch visits it once for each parent, as the docstring says."""
     assert list(draws(Shared())) == [("a", 0), ("a",), ()]

@@ -5,6 +5,7 @@ installed nothing can be compared with it. Both are outcomes, not failures and n
 """
 
 import importlib.util
+import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import TypeVar
@@ -12,8 +13,13 @@ from typing import TypeVar
 import pytest
 
 CHECKOUT = "not part of the wheel"
+TREE_MODE = "which NNX does not allow in tree mode"
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="needs torch, which is not installed"
+)
+needs_graph_mode = pytest.mark.skipif(
+    os.environ.get("NNX_GRAPH_MODE", "").lower() in ("false", "0"),
+    reason=f"shares a module, {TREE_MODE}",
 )
 Report = TypeVar("Report", pytest.CollectReport, pytest.TestReport)
 ABSENT = "which is not installed"
@@ -67,7 +73,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     places: dict[tuple[str, str], int] = {}
     for report in terminalreporter.getreports("skipped"):
         _, _, words = report.longrepr
-        if CHECKOUT in words or ABSENT in words:
+        if any(why in words for why in (CHECKOUT, ABSENT, TREE_MODE)):
             place = (report.nodeid.split("::")[0], words.removeprefix("Skipped: "))
             whole = isinstance(report, pytest.CollectReport)
             places[place] = 0 if whole else places.get(place, 0) + 1

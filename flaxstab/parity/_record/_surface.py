@@ -3,6 +3,7 @@
 import enum
 import inspect
 import re
+import typing
 from collections.abc import Iterator
 from importlib import import_module
 
@@ -39,7 +40,10 @@ def _module(name: str) -> Iterator[Signature]:
 
 def _is_typing(value: object) -> bool:
     """Whether something is imported for annotations alone, and no part of a module's surface."""
-    return getattr(value, "__module__", "") in ("typing", "typing_extensions", "collections.abc")
+    # An Annotated[...] can be called in one Python and says another module in the next.
+    annotation = typing.get_origin(value) is not None
+    origin = getattr(value, "__module__", "")
+    return annotation or origin in ("typing", "typing_extensions", "collections.abc")
 
 
 def _parameters(value: object) -> tuple[str, ...]:
