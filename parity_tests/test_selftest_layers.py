@@ -15,12 +15,11 @@ from flaxstab.parity._selftest._instances import (
     _MARK,
     Instances,
     Planted,
-    _changing,
     _faulty,
-    mistakes,
     plan,
     run_instances,
 )
+from flaxstab.parity._selftest._mistakes import _changing, mistakes
 from flaxstab.parity._selftest._networks import networks
 from flaxstab.parity._selftest._page import page
 from flaxstab.parity._selftest._sweep import Sweep
