@@ -186,9 +186,16 @@ def code(folder: Path) -> Path:
     return folder / "a.pt"
 
 
+def damaged(folder: Path) -> Path:
+    path = code(folder)
+    path.write_bytes(path.read_bytes().replace(b"PK\1\2", b"PK\1\3"))
+    return path
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "no file": (lambda folder: folder / "none.pt", "b.safetensors", "There is none"),
     "no tensors": (code, "b.safetensors", "must hold tensors alone"),
+    "a damaged file": (damaged, "b.safetensors", "Fetch the file again"),
     "no classes": (headless, "b.safetensors", "Pass --num-classes"),
     "another model of Flax's": (other_flax, "b.safetensors", "must hold the model's variables"),
     "another ending": (headless, "b.npz", "path must end in .safetensors"),

@@ -115,7 +115,27 @@ def test_the_installed_versions_are_the_other_end(
     assert "Nothing is known to have changed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", ["jax", "jax>=0.4", "jax==x", "jax==0.4;rm"])
+def test_a_downgrade_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["env", "--from", "jax==0.6.0,flax==0.12.0", "--to", "jax==0.4.30,flax==0.12.8"]
+    assert cli.main(call) == 0
+    _, second, *rest = capsys.readouterr().out.splitlines()
+    assert second == "A downgrade of jax: its changes below are undone."
+    assert any("jax 0.5.0 [stream]" in line for line in rest)
+    assert cli.main([*call, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["downgrades"] == ["jax"]
+
+
+def test_a_package_of_which_nothing_is_known_is_refused_by_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["env", "--to", "banana==1"]) == 2
+    assert "jax, jaxlib, flax" in (said := capsys.readouterr().err)
+    assert said.endswith("got 'banana'.\n")
+    assert cli.main(["env", "--from", "ml-dtypes==0.0.1"]) == 0
+    assert capsys.readouterr().out.startswith("ml_dtypes 0.0.1 -> ")
+
+
+@pytest.mark.parametrize("words", ["jax", "jax>=0.4", "jax==x", "jax==0.4;rm", "banana==1"])
 def test_what_is_no_version_is_refused_in_one_line(
     words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

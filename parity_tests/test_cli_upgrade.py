@@ -246,6 +246,7 @@ def test_what_fails_here_is_refused(
     "words",
     [
         ["--to", "jax==0.10.2"], ["--to", "jax==0.10.2,torch==2.13.0"], ["--to", "jax>=0.11"],
+        ["--to", "banana==1"], ["--to", "jax==0.11.0,banana"],
         ["--to", "--pre"], ["--to", "flaxstab==1.0"], ["--to", "jax; touch x"],
         ["--to", "jax==0.11.0", "--baseline", "/none"],
         ["--to", "jax==0.11.0", "--report", __file__],

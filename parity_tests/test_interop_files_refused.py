@@ -83,6 +83,13 @@ def half(ending: str) -> Callable[[Path], Path]:
     return write
 
 
+def torn(folder: Path) -> Path:
+    torch.save(torch_two().state_dict(), folder / "a.pt")
+    whole = (folder / "a.pt").read_bytes()
+    (folder / "a.pt").write_bytes(whole.replace(b"PK\1\2", b"PK\1\3"))
+    return folder / "a.pt"
+
+
 def raw(header: object, data: bytes = b"", length: int | None = None) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         words = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -156,7 +163,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "a zip that unpacks to more": (zip_bomb, "must not be compressed"),
     "a tensor larger than its storage": (repeated, "must hold plain, dense tensors"),
-    "half of a pt": (half(".pt"), "fetch the file again if it is damaged"),
+    "half of a pt": (half(".pt"), "got one that is damaged or another"),
+    "a pt without its directory": (torn, r"damaged or another \(BadZipFile\). Fetch the file ag"),
     "half of a safetensors": (half(".safetensors"), "must be as long as its header says"),
     "more than the header": (raw({"a": entry()}, b"\0" * 9), "must be as long as its header says"),
     "an empty file": (text("a.safetensors", ""), "must not be empty"),
@@ -264,6 +272,22 @@ def test_any_changed_byte_of_a_header_is_read_or_refused(tmp_path: Path) -> None
         except ValueError:
             refused += 1
     assert refused > 200
+
+
+def test_any_changed_byte_of_a_pt_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    path, rng = tmp_path / "a.pt", np.random.default_rng(0)
+    torch.save({"a": torch.ones(3)}, path)
+    whole, said = path.read_bytes(), []
+    for place in [*rng.integers(0, len(whole), 200), *range(len(whole) - 400, len(whole), 2)]:
+        changed = bytearray(whole)
+        changed[place] ^= rng.integers(1, 256)
+        path.write_bytes(changed)
+        try:
+            interop.read_tensors(path)
+        except ValueError as refused:
+            said.append(str(refused))
+    assert sum("damaged" in words for words in said) > 50
+    assert not any("\n" in words or "a.pt" not in words for words in said)
 
 
 def test_two_names_that_become_one_are_refused(tmp_path: Path) -> None:

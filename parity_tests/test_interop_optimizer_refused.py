@@ -31,6 +31,16 @@ def sgd_state(**options: object) -> StateDict:
     return optimizer.state_dict()
 
 
+def state_of(kind: type[torch.optim.Optimizer], steps: int = 1) -> StateDict:
+    module = torch_two()
+    optimizer = kind(module.named_parameters())
+    for _ in range(steps):
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    return optimizer.state_dict()
+
+
 def change(function: Callable[[StateDict], object]) -> StateDict:
     state = adam_state()
     function(state)
@@ -100,11 +110,11 @@ BAD: dict[str, tuple[Callable[[], StateDict], dict[str, object], str]] = {
         {},
         r"of the same kind, with the same options, got tensor='first.weight' and torch=",
     ),
-    "amsgrad": (lambda: adam_state(amsgrad=True), {}, "with the same options, got tensor='first."),
+    "amsgrad": (lambda: adam_state(amsgrad=True), {}, "must have the same options as the one here"),
     "SGD's": (
         lambda: sgd_state(momentum=0.9),
         {"names": NAMES},
-        r"torch=\['momentum_buffer'\] and here=\['exp_avg', 'exp_avg_sq', 'step'\]",
+        "torch's optimizer must be Adam or AdamW, whose options have amsgrad, got group=0",
     ),
     "another shape": (
         lambda: change(lambda s: s["state"][0].update(exp_avg=torch.ones(2, 3))),
@@ -114,7 +124,69 @@ BAD: dict[str, tuple[Callable[[], StateDict], dict[str, object], str]] = {
     "half a step": (
         lambda: change(lambda s: s["state"][0].update(step=torch.tensor(1.5))),
         {},
-        "step must be one whole number of at least 0, got tensor='first.weight' and step=1.5",
+        "step must be one whole number of at least 0 and at most 2147483647, got tensor='first",
+    ),
+    **{
+        f"a step of {step}": (
+            lambda step=step: change(lambda s: s["state"][0].update(step=step)),
+            {},
+            "step must be one whole number of at least 0 and at most 2147483647, got tensor='first",
+        )
+        for step in (torch.tensor(3e38), float("inf"), float("nan"), -1, "3", [3.0], 2**31)
+    },
+    **{
+        f"a square of {value}": (
+            lambda value=value: change(lambda s: s["state"][1]["exp_avg_sq"].fill_(value)),
+            {},
+            "exp_avg_sq must hold finite numbers of at least 0, got tensor='first.bias' and least=",
+        )
+        for value in (-1e-9, float("inf"), float("nan"))
+    },
+    "a moment of words": (
+        lambda: change(lambda s: s["state"][1].update(exp_avg=["a", "b", "c"])),
+        {},
+        "exp_avg must hold real numbers, got tensor='first.bias'",
+    ),
+    "a state that is a list": (
+        lambda: change(lambda s: s["state"].update({1: [1.0]})),
+        {},
+        r"the state of a parameter must be a mapping, got of=\[1\]",
+    ),
+    "params that are a number": (
+        lambda: change(lambda s: s["param_groups"][0].update(params=3)),
+        {},
+        "param_groups must be groups with params, a list of numbers or names",
+    ),
+    "params of lists": (
+        lambda: change(lambda s: s["param_groups"][0].update(params=[[0]])),
+        {},
+        "param_groups must be groups with params, a list of numbers or names",
+    ),
+    "names that are one string": (
+        lambda: change(without_names),
+        {"names": "abc"},
+        "names must be a list of strings, or such a list for each group, got names='str'",
+    ),
+    "names of numbers": (
+        lambda: change(without_names),
+        {"names": [1, 2, 3]},
+        "names must be a list of strings, or such a list for each group, got names='list'",
+    ),
+    "a huge count": (adam_state, {"count": 2**31}, "count must be an integer of at least every"),
+    "RAdam's": (
+        lambda: state_of(torch.optim.RAdam),
+        {},
+        "torch's optimizer must be Adam or AdamW, whose options have amsgrad, got group=0",
+    ),
+    "RAdam's before its first step": (
+        lambda: state_of(torch.optim.RAdam, steps=0),
+        {},
+        "torch's optimizer must be Adam or AdamW, whose options have amsgrad, got group=0",
+    ),
+    "SGD's before its first step": (
+        lambda: state_of(torch.optim.SGD, steps=0),
+        {},
+        "torch's optimizer must be Adam or AdamW, whose options have amsgrad, got group=0",
     ),
     "steps apart": (
         lambda: change(lambda s: s["state"][0].update(step=torch.tensor(2.0))),
@@ -192,3 +264,41 @@ def test_exporting_needs_every_parameter_in_the_groups() -> None:
     groups = [{"params": [0, 1], "param_names": NAMES[:2]}]
     with pytest.raises(ValueError, match=r"got left_out=\['second.kernel'\]"):
         interop.optimizer_state_dict(state, model, param_groups=groups)
+
+
+def test_the_options_of_another_optimizer_are_refused_on_the_way_out() -> None:
+    model = Two()
+    state = optim.adamw().init(params_of(model))
+    options = {
+        kind: kind(torch_two().named_parameters()).state_dict()["param_groups"]
+        for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam, torch.optim.SGD)
+    }
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        interop.optimizer_state_dict(state, model, param_groups=options[kind])
+    for kind in (torch.optim.RAdam, torch.optim.SGD):
+        with pytest.raises(ValueError, match="torch's optimizer must be Adam or AdamW, whose opt"):
+            interop.optimizer_state_dict(state, model, param_groups=options[kind])
+    groups = [{**options[torch.optim.Adam][0], "amsgrad": True}]
+    with pytest.raises(ValueError, match="must have the same options as the one here, got group=0"):
+        interop.optimizer_state_dict(state, model, param_groups=groups)
+    state = optim.sgd(momentum=0.9).init(params_of(model))
+    interop.optimizer_state_dict(state, model, param_groups=options[torch.optim.SGD])
+    muon = [{"params": [0, 1, 2], "param_names": NAMES, "momentum": 0.9, "ns_steps": 5}]
+    with pytest.raises(ValueError, match="torch's optimizer must be SGD, whose options have dampe"):
+        interop.optimizer_state_dict(state, model, param_groups=muon)
+
+
+@pytest.mark.parametrize("give", [iter, tuple, lambda pairs: (n for n, _ in pairs)])
+def test_names_may_be_pairs_or_a_generator(give: Callable[[object], object]) -> None:
+    model, tx = Two(), optim.adamw()
+    state = change(without_names)
+    found = interop.load_optimizer_state_dict(
+        tx.init(params_of(model)), model, state, names=give(torch_two().named_parameters())
+    )
+    again = interop.load_optimizer_state_dict(
+        tx.init(params_of(model)), model, state, names=[give(torch_two().named_parameters())]
+    )
+    named = interop.load_optimizer_state_dict(tx.init(params_of(model)), model, adam_state())
+    for leaves in zip(*map(jax.tree.leaves, (found, again, named)), strict=True):
+        assert np.array_equal(leaves[0], leaves[2])
+        assert np.array_equal(leaves[1], leaves[2])

@@ -181,9 +181,9 @@ def test_members_that_would_fill_the_memory_are_refused_unread(
 
 def test_a_member_cannot_claim_more_than_it_has(file: Path) -> None:
     def claim(held: dict) -> None:
-        first_entry(held)["shape"] = [1 << 50]
+        first_entry(held)["shape"] = [1 << 20]
 
-    with pytest.raises(ValueError, match="must hold 1125899906842624 elements"):
+    with pytest.raises(ValueError, match="must hold 1048576 elements"):
         read_baseline(rewritten(file, of_manifest(claim)))
 
 

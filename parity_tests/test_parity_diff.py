@@ -217,6 +217,11 @@ def test_a_case_that_fails_now_breaks_and_one_that_ran_never_does_not() -> None:
     assert "ImportError: no such name" in str(found)
     both = diff(baseline(a=record(), b=error()), baseline(a=record(), b=error()))
     assert both.verdict is Outcome.SAFE
+    assert {c.name: c.effect for c in both.cases} == {"a": Effect.SAME, "b": Effect.NEITHER}
+    assert "1 runs in neither, 1 same" in both.headline
+    alone = diff(baseline(a=error()), baseline(a=error()))
+    assert alone.verdict is Outcome.CHANGES
+    assert "1 case that runs in neither: a" in as_text(alone)
 
 
 def test_what_is_common_is_compared_and_the_rest_is_listed() -> None:

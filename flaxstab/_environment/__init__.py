@@ -5,6 +5,7 @@ Nothing here imports a framework before it is asked for devices, and no failure 
 
 from flaxstab._environment._describe import describe as describe
 from flaxstab._environment._describe import packages as packages
+from flaxstab._environment._describe import tracked as tracked
 from flaxstab._environment._findings import Finding as Finding
 from flaxstab._environment._findings import findings as findings
 from flaxstab._environment._findings import pair_findings as pair_findings

@@ -3,10 +3,12 @@
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
 from flaxstab import __version__
+from flaxstab._environment._versions import normal
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "torch", "numpy", "ml_dtypes", "jaxtyping",
@@ -54,6 +56,29 @@ def describe(devices: bool = False) -> dict[str, object]:
 
         found |= probe()
     return found
+
+
+def tracked(pins: Mapping[str, str]) -> dict[str, str]:
+    """Returns versions by the names that :func:`packages` has for their packages.
+
+    Args:
+      pins: versions by names as packaging spells them, of ``parse_pins``.
+
+    Raises:
+      ValueError: if one is of another package: nothing is known or recorded of it.
+
+    Example:
+      >>> tracked({"ml-dtypes": "0.5.1"})
+      {'ml_dtypes': '0.5.1'}
+    """
+    spelled = {normal(name): name for name in packages()}
+    other = [name for name in pins if name not in spelled]
+    if other:
+        raise ValueError(
+            f"versions must be of packages that results depend on ({', '.join(PACKAGES)}),"
+            f" got {other[0]!r}."
+        )
+    return {spelled[name]: version for name, version in pins.items()}
 
 
 def packages() -> dict[str, str | None]:

@@ -14,9 +14,11 @@ from flaxstab._environment import (
     describe,
     findings,
     incidents,
+    order,
     packages,
     parse_pins,
     standing,
+    tracked,
 )
 from flaxstab.cli._command import FAILED, PASSED, refuse
 
@@ -77,7 +79,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _pins(words: str) -> dict[str, str]:
-    pins = parse_pins(words) if words else {}
+    pins = tracked(parse_pins(words)) if words else {}
     for name, version in pins.items():
         if not version:
             raise ValueError(f"a version must be given for each package, got {name!r} without one.")
@@ -182,18 +184,26 @@ def _show_changes(
     old = {**installed, **before}
     new = {**installed, **after}
     changed = [name for name in sorted({*before, *after}) if old.get(name) != new.get(name)]
+    lower = [name for name in changed if _is_older(new.get(name), old.get(name))]
     known = incidents(old, new)
     if as_json:
         data = [_incident(each) for each in known]
-        sys.stdout.write(json.dumps({"schema": SCHEMA, "incidents": data}, indent=1) + "\n")
+        held = {"schema": SCHEMA, "incidents": data, "downgrades": lower}
+        sys.stdout.write(json.dumps(held, indent=1) + "\n")
         return PASSED
     _say([", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)])
+    if lower:
+        _say(wrapped(f"A downgrade of {', '.join(lower)}: its changes below are undone."))
     for each in known:
         _say(told(each))
     if not known:
         _say(["  Nothing is known to have changed between them. That is no proof:"
               " flaxstab parity upgrade runs both."])  # fmt: skip
     return PASSED
+
+
+def _is_older(one: str | None, other: str | None) -> bool:
+    return bool(one and other) and order(str(one)) < order(str(other))
 
 
 def _incident(known: Incident) -> dict[str, object]:

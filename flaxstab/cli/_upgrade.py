@@ -20,6 +20,7 @@ from flaxstab._environment import (
     packages,
     pair_findings,
     parse_pins,
+    tracked,
 )
 from flaxstab._files import write_whole
 from flaxstab.cli._command import FAILED, PASSED, refuse, tell
@@ -88,6 +89,7 @@ def run(given: argparse.Namespace) -> int:
 
 def _check(given: argparse.Namespace, pins: Mapping[str, str]) -> None:
     """Raises a ``ValueError`` for what cannot be carried out."""
+    tracked(pins)
     now = {**packages(), **installed()}
     if all(version and version == (now.get(name) or "").partition("+")[0]
            for name, version in pins.items()):  # fmt: skip

@@ -119,7 +119,8 @@ def save_safetensors(
 
     Args:
       model: as of :func:`state_dict`.
-      path: ends in ``.safetensors``; an older file is replaced.
+      path: ends in ``.safetensors``; what was saved by this name before is replaced, in one file
+        or several.
       max_shard_size: the most bytes of numbers in one file; ``None`` = any number. More than that
         make files ``NAME-00001-of-00002.safetensors`` and the index
         ``NAME.safetensors.index.json``, as Hugging Face's libraries read them.

@@ -18,6 +18,9 @@ from flaxstab.interop._optimizer_kinds import KINDS, is_known
 from flaxstab.interop._optimizer_names import States
 from flaxstab.optim._paths import in_order, paths
 
+_MOST = 2**31 - 1  # updates that an int32 counts
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq"}
+
 
 class Given:
     """What torch's state says of each parameter.
@@ -80,6 +83,20 @@ class Given:
             shape=array.shape,
             needed=shape,
         )
+        check(
+            any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)),
+            f"{key} must hold real numbers",
+            tensor=name,
+            dtype=str(array.dtype),
+        )
+        check(
+            key not in _SQUARES or _are_squares(array),
+            f"{key} must hold finite numbers of at least 0",
+            fix="The state is damaged: take an earlier one.",
+            tensor=name,
+            least=array.min(initial=0).item(),
+            most=array.max(initial=0).item(),
+        )
         return array
 
     def _count(self, count: int | None, *, fresh: bool) -> int:
@@ -95,8 +112,8 @@ class Given:
             )
             return most
         is_count = isinstance(count, int | np.integer) and count >= most
-        check(is_count, "count must be an integer of at least every step number", count=count,
-              step=most)  # fmt: skip
+        check(is_count and count <= _MOST, "count must be an integer of at least every step number",
+              count=count, step=most)  # fmt: skip
         return int(count)
 
 
@@ -106,12 +123,19 @@ def _number(name: str, state: Mapping[str, np.ndarray]) -> int | None:
         return 0
     if STEP not in state:
         return None
-    step = np.asarray(state[STEP], np.float64)
-    whole = step.shape == () and bool(np.isfinite(step)) and step >= 0 and step == np.floor(step)
+    step = state[STEP]
+    whole = step.shape == () and step.dtype.kind in "fiu" and 0 <= step <= _MOST and step % 1 == 0
     check(
-        bool(whole), "step must be one whole number of at least 0", tensor=name, step=step.tolist()
+        bool(whole),
+        f"step must be one whole number of at least 0 and at most {_MOST}",
+        tensor=name,
+        step=step.tolist(),
     )
     return int(step)
+
+
+def _are_squares(array: np.ndarray) -> bool:
+    return array.size == 0 or bool(array.min() >= 0 and array.max() < np.inf)  # NaN is neither
 
 
 def replaced(state: PyTree, new: Given) -> PyTree:

@@ -14,6 +14,7 @@ from flaxstab.functional._paths import by_path, path_names
 from flaxstab.interop._entries import part
 from flaxstab.interop._moments import Group
 from flaxstab.interop._optimizer_kinds import is_known, moments, nodes
+from flaxstab.interop._optimizer_names import Groups
 from flaxstab.optim._paths import in_order, paths
 
 STEP, BUFFER = "step", "momentum_buffer"
@@ -90,6 +91,33 @@ def _check_carried(state: PyTree) -> None:
         else "",
         of=odd[:3],
     )
+
+
+def check_kind(groups: Groups, kept: Kept) -> None:
+    """Raises a ``ValueError`` if torch's options are provably not those of the state's kind.
+
+    ``RAdam`` and ``Muon`` keep what ``Adam`` and ``SGD`` keep, by the same names.
+    """
+    adam, sgd = ("exp_avg" in kept.arrays, BUFFER in kept.arrays)
+    if adam and sgd:
+        return
+    known = "amsgrad" if adam else "dampening"
+    kind = "Adam or AdamW" if adam else "SGD"
+    for i, group in enumerate(groups):
+        check(
+            known in group or not group.keys() & {"betas", "momentum"},
+            f"torch's optimizer must be {kind}, whose options have {known}",
+            fix="The same state means something else to another optimizer.",
+            group=i,
+            options=sorted(group.keys() - {"params", "param_names"}),
+        )
+        check(
+            not adam or not group.get("amsgrad") or "max_exp_avg_sq" in kept.arrays,
+            "torch's optimizer must have the same options as the one here",
+            fix="Use flaxstab.optim.adamw(amsgrad=True).",
+            group=i,
+            amsgrad=group.get("amsgrad"),
+        )
 
 
 def is_count(path: Sequence[object]) -> bool:

@@ -1,6 +1,6 @@
 """The parameters of PyTorch's optimizer by name; its state_dict has numbers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -26,8 +26,8 @@ def names_by_id(
     """
     listed = groups if isinstance(groups, Sequence) and not isinstance(groups, str) else []
     check(
-        len(listed) > 0 and all(isinstance(g, Mapping) and "params" in g for g in listed),
-        "param_groups must be groups with params",
+        len(listed) > 0 and all(map(_is_group, listed)),
+        "param_groups must be groups with params, a list of numbers or names",
         fix="Pass optimizer.state_dict()['param_groups'].",
         param_groups=type(groups).__name__,
     )
@@ -54,6 +54,35 @@ def names_by_id(
     return renamed
 
 
+def _is_group(group: object) -> bool:
+    """Whether something is a group whose parameters have numbers or names."""
+    params = group.get("params") if isinstance(group, Mapping) else None
+    return isinstance(params, list | tuple) and all(isinstance(id_, int | str) for id_ in params)
+
+
+def _listed(names: Names) -> list[str] | list[list[str]]:
+    """Returns names as lists; of ``named_parameters()`` what comes first in each pair."""
+    sound = isinstance(names, Iterable) and not isinstance(names, str | bytes | Mapping)
+    found = [_name(entry) for entry in names] if sound else [None]
+    check(
+        all(isinstance(n, str) for n in found) or all(isinstance(n, list) for n in found),
+        "names must be a list of strings, or such a list for each group",
+        fix="Pass names=[n for n, _ in module.named_parameters()].",
+        names=type(names).__name__,
+    )
+    return cast(list[str] | list[list[str]], found)
+
+
+def _name(entry: object) -> object:
+    """Returns a name, that of a pair of name and parameter, or a group's list of them."""
+    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
+        return entry[0] if not isinstance(entry[1], str) else list(entry)
+    if isinstance(entry, Iterable) and not isinstance(entry, str | bytes | Mapping):
+        found = [_name(inner) for inner in entry]
+        return found if all(isinstance(name, str) for name in found) else None
+    return entry
+
+
 def _by_group(groups: Groups, names: Names | None) -> list[Sequence[str]]:
     known = [_own_names(group) for group in groups]
     if names is None:
@@ -65,6 +94,7 @@ def _by_group(groups: Groups, names: Names | None) -> list[Sequence[str]]:
             names=names,
         )
         return [cast(Sequence[str], own) for own in known]
+    names = _listed(names)
     flat = all(isinstance(name, str) for name in names)
     check(
         flat == (len(groups) == 1) or not (flat or len(groups) != len(names)),
@@ -105,6 +135,8 @@ def states_by_name(
     by_id = names_by_id(whole["param_groups"], names, rename)
     states = cast(Mapping[Id, Mapping[str, object]], kept)
     foreign = [id_ for id_ in states if id_ not in by_id]
+    odd = [id_ for id_, state in states.items() if not isinstance(state, Mapping)]
+    check(not odd, "the state of a parameter must be a mapping", fix=_FIX, of=odd[:3])
     check(not foreign, "the state must be of parameters in param_groups", fix=_FIX, of=foreign[:3])
     return {
         name: {k: to_numpy(v) for k, v in states.get(id_, {}).items() if v is not None}

@@ -1,6 +1,7 @@
 """The state of PyTorch's optimizers in and out: moments, step numbers, schedules' counts."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from flaxstab.interop._flattened import Flattened
 from flaxstab.interop._matching import Rename
 from flaxstab.interop._moments import Moments
 from flaxstab.interop._optimizer_given import Given, replaced
-from flaxstab.interop._optimizer_kept import STEP, Kept, covered, one_of
+from flaxstab.interop._optimizer_kept import STEP, Kept, check_kind, covered, one_of
 from flaxstab.interop._optimizer_names import Groups, Id, Names, names_by_id, states_by_name
 
 
@@ -29,7 +30,9 @@ def optimizer_state_dict(
 
     ``torch.optim.AdamW`` and ``Adam`` take that of :func:`flaxstab.optim.adamw` and ``adam`` and of
     ``optax.adamw`` and ``adam``; ``SGD`` that of ``sgd`` of either. In torch:
-    ``optimizer.load_state_dict(interop.to_tensors(found))``.
+    ``optimizer.load_state_dict(interop.to_tensors(found))``. An optax state does not say more:
+    that of ``optax.radam`` or ``nadam`` looks like Adam's and means something else, and whether a
+    decay is decoupled is not in it. That both sides are of one kind is for the caller to know.
 
     Args:
       optimizer: an ``nnx.Optimizer`` or an optax state, also in chains, masks and groups.
@@ -39,7 +42,8 @@ def optimizer_state_dict(
         are not taken from JAX's optimizer.
       names: the parameters' names in the order in which the torch optimizer got them,
         ``[n for n, _ in module.named_parameters()]``; with several groups, such a list for each.
-        Not needed if it was built with ``module.named_parameters()``, so that it knows them.
+        Pairs, ``module.named_parameters()`` itself, do as well. Not needed if it was built with
+        ``module.named_parameters()``, so that it knows them.
       rename: from those names to the model's, as of :func:`load_state_dict`.
       flattened: as of :func:`load_state_dict`.
 
@@ -66,6 +70,7 @@ def optimizer_state_dict(
     """
     by_id = names_by_id(param_groups, names, rename)
     kept = Kept(_pure(optimizer))
+    check_kind(param_groups, kept)
     state: dict[Id, dict[str, np.ndarray]] = {}
     ids = {name: id_ for id_, name in by_id.items()}
     for group in covered(Moments(model, flattened).groups(by_id.values()), kept):
@@ -98,8 +103,9 @@ def load_optimizer_state_dict(
     """Loads the ``state_dict`` of a ``torch.optim`` optimizer, all or nothing.
 
     The counterparts are those of :func:`optimizer_state_dict`. What a schedule counts becomes the
-    step number, too. Learning rate, decay and other options are not loaded: they are arguments of
-    the optax transformation.
+    step number, too. Learning rate, betas, decay (decoupled or not) and other options are not
+    loaded: they stay those of the optax transformation. Options that Adam, AdamW or SGD do not have
+    are refused: ``RAdam`` and ``Muon`` keep state by the same names.
 
     Args:
       optimizer: an ``nnx.Optimizer``, which is changed in place, or an optax state, which is not;
@@ -138,6 +144,7 @@ def load_optimizer_state_dict(
     old = _pure(optimizer)
     kept = Kept(old)
     given = states_by_name(state_dict, names, rename)
+    check_kind(cast(Groups, state_dict["param_groups"]), kept)
     groups = covered(Moments(model, flattened).groups(given), kept)
     new = Given(given, groups, kept, count)
     state = replaced(old, new)

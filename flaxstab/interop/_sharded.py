@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -51,7 +52,7 @@ def write(
 
     Returns:
       The path of the file, or of the index. Nothing is in its place before everything is written,
-      and the index comes last.
+      and the index comes last. Then what an older file or index of the same name left is removed.
     """
     check_positive(max_shard_size=size)
     parts = _parts(tensors, size)
@@ -64,10 +65,12 @@ def write(
             _safetensors.write, tensors=held, metadata=dict(metadata)
         )
         where |= dict.fromkeys(names, name)
+    index = path.with_name(path.name + INDEX)
+    old = {path, index, *_left(path, index)} if index.exists() else {path}
     if len(parts) == 1:
         write_all(writes)
+        _remove(old - {path})
         return path
-    index = path.with_name(path.name + INDEX)
     total = sum(array.nbytes for array in tensors.values())
     words = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
 
@@ -77,7 +80,25 @@ def write(
 
     writes[index] = write_index
     write_all(writes)
+    _remove(old - {Path(written) for written in writes})
     return index
+
+
+def _left(path: Path, index: Path) -> list[Path]:
+    """Returns the files that an older index of the same name has, if it can be read."""
+    try:
+        where = _safetensors.parsed(index, index.read_bytes()).get("weight_map")
+    except (ValueError, OSError):
+        return []
+    named = {str(name) for name in where.values()} if isinstance(where, dict) else set()
+    ours = re.compile(rf"{re.escape(path.stem)}-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
+    return [path.with_name(name) for name in sorted(named) if ours.fullmatch(name)]
+
+
+def _remove(files: Set[Path]) -> None:
+    """Removes files, an index before those that it names."""
+    for file in sorted(files, key=lambda file: not file.name.endswith(INDEX)):
+        file.unlink(missing_ok=True)
 
 
 def _name(path: Path, i: int, count: int) -> str:

@@ -1,5 +1,6 @@
 """PyTorch's tensors and files: all of flaxstab.interop that may import PyTorch."""
 
+import pickle
 import re
 import sys
 import warnings
@@ -99,10 +100,13 @@ def _check_zip(path: Path) -> None:
 
     ``torch.save`` does not compress.
     """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        sizes = [entry.file_size for entry in archive.infolist()]
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            sizes = [entry.file_size for entry in archive.infolist()]
+    except Exception as error:  # of any type: the file's bytes decide where zipfile stumbles
+        raise ValueError(_damaged(path, error)) from error
     size = path.stat().st_size
     check(
         sum(sizes) <= size,
@@ -120,12 +124,30 @@ def _loaded(path: Path) -> object:
             warnings.simplefilter("ignore")  # of old formats, which it reads all the same
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any type: the file's bytes decide where torch stumbles
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        got = f"code, {code.group(1)}" if code else type(error).__name__
-        raise ValueError(
-            f"{str(path)!r} must hold tensors alone, got {got}; nothing in it was run. "
-            "Save module.state_dict() with torch.save, or fetch the file again if it is damaged."
-        ) from error
+        raise ValueError(_unread(path, error)) from error
+
+
+def _unread(path: Path, error: Exception) -> str:
+    """Returns why PyTorch did not read a file: it holds code, or it is damaged."""
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    legacy = "legacy .tar format" in str(error)
+    # Of bytes that are no pickle PyTorch says which of them it does not know.
+    torn = not isinstance(error, pickle.UnpicklingError) or re.search(r"operand \d", str(error))
+    if torn and not (code or legacy):
+        return _damaged(path, error)
+    got = "the old format in a tar" if legacy else type(error).__name__
+    got = f"code, {code.group(1)}" if code else got
+    return (
+        f"{str(path)!r} must hold tensors alone, got {got}; nothing in it was run. "
+        "Save module.state_dict() with torch.save."
+    )
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return (
+        f"{str(path)!r} must be a whole file of torch.save, got one that is damaged or another "
+        f"({type(error).__name__}). Fetch the file again."
+    )
 
 
 def _chosen(path: Path, whole: object, key: str | None) -> "Mapping[str, torch.Tensor]":

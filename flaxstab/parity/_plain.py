@@ -118,11 +118,23 @@ def _single(kind: object, value: object, place: str) -> object:
     name, types = _SINGLE.get(kind, ("an object", (dict,)))
     if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
         _refuse(place, name, value)
-    return float(cast(float, value)) if kind is float else value
+    if kind is not float:
+        return value
+    try:
+        return float(cast(float, value))
+    except OverflowError:  # JSON's integers have any number of digits
+        _refuse(place, "a number that a float64 can hold", value)
 
 
 def _refuse(place: str, rule: str, value: object) -> NoReturn:
-    raise ValueError(f"{place} must be {rule}, got {value!r:.80}. Write the file again.")
+    raise ValueError(f"{place} must be {rule}, got {_short(value)}. Write the file again.")
+
+
+def _short(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # an integer of thousands of digits
+        return f"one with {type(value).__name__}s of thousands of digits"
 
 
 def printable(words: str) -> str:
@@ -152,18 +164,31 @@ def read_plain(path: Path, kind: str, schema: int) -> dict[str, object]:
         raise ValueError(
             f"{path.name} must be a whole JSON file, got {_where(error)}. Write it again."
         ) from None
+    return check_header(held, path.name, kind, schema)
+
+
+def check_header(held: object, name: str, kind: str, schema: int) -> dict[str, object]:
+    """Returns what JSON held, if it is an object of ours and not of a newer flaxstab.
+
+    Args:
+      held: what was read.
+      name: of where it was read, for errors.
+      kind: what its ``format`` must be.
+      schema: the newest that can be read.
+
+    Raises:
+      ValueError: if it is foreign or newer.
+    """
     if not isinstance(held, dict) or held.get("format") != kind:
         found = held.get("format") if isinstance(held, dict) else type(held).__name__
-        raise ValueError(
-            f"{path.name} must be of format {kind!r}, got {found!r}. Name another file."
-        )
+        raise ValueError(f"{name} must be of format {kind!r}, got {_short(found)}.")
     version = held.get("schema")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        _refuse(f"{path.name}: schema", "an integer of at least 1", version)
+        raise ValueError(f"{name}: schema must be an integer of at least 1, got {_short(version)}.")
     if version > schema:
         raise ValueError(
-            f"{path.name} must have schema {schema} or older, got schema {version}, which a newer "
-            "flaxstab wrote. Read it there: pip install -U flaxstab."
+            f"{name} must have schema {schema} or older, got schema {_short(version)}, which a "
+            "newer flaxstab wrote. Read it there: pip install -U flaxstab."
         )
     return held
 

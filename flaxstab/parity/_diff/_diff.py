@@ -18,6 +18,7 @@ from flaxstab.parity._diff._types import (
     Outcome,
     Setting,
     StreamDiff,
+    counted,
 )
 from flaxstab.parity._diff._values import compare_records
 from flaxstab.parity._record._baseline import Baseline, Origin, Record, read_baseline
@@ -50,6 +51,8 @@ class Diff(NamedTuple):
         effects = {case.effect for case in self.cases}
         if effects & {*BREAKING}:
             return Outcome.BREAKS
+        if effects == {Effect.NEITHER}:
+            return Outcome.CHANGES  # nothing was compared
         others = {stream.effect for stream in self.streams} & {Effect.STREAM, Effect.GONE}
         named = any(name.matters for name in self.names)
         return Outcome.CHANGES if effects & {*CHANGING} or others or named else Outcome.SAFE
@@ -64,7 +67,7 @@ class Diff(NamedTuple):
         """The verdict and the number of cases of each effect, in one line."""
         counts = self.counts
         parts = [f"{counts[effect]} {effect}" for effect in Effect if counts[effect]]
-        return f"{self.verdict}: of {len(self.cases)} cases {', '.join(parts) or 'none'}"
+        return f"{self.verdict}: of {counted(len(self.cases))} {', '.join(parts) or 'none'}"
 
     def __rich__(self) -> object:
         """Returns what ``rich`` prints: one screen, the gravest cases first."""
@@ -130,12 +133,11 @@ def diff_baselines(
       new_name: the other's.
     """
     common = [name for name in old.cases if name in new.cases]
-    check(
-        bool(common),
-        "two baselines must have a case in common",
-        fix="Record the same cases in both environments.",
-        **{old_name: f"{[*old.cases][:3]}", f"{new_name} ": f"{[*new.cases][:3]}"},
-    )
+    if not common:
+        raise ValueError(
+            f"two baselines must have a case in common, got {_few(old.cases)} in {old_name} and "
+            f"{_few(new.cases)} in {new_name}. Record the same cases in both environments."
+        )
     cases = [compare_records(name, old.cases[name], new.cases[name]) for name in common]
     apart = [case for case in cases if case.effect is Effect.APART]
     check(
@@ -196,6 +198,11 @@ def against(name: str, subject: Subject, record: Record, earlier: Baseline) -> C
     if again.facts.kind == "none":
         return CaseDiff(name, Effect.APART, words=again.facts.error)
     return compare_records(name, old, again)
+
+
+def _few(cases: Mapping[str, Record]) -> str:
+    shown = ", ".join(map(repr, [*cases][:3])) or "none"
+    return f"{shown}, ... ({len(cases)})" if len(cases) > 3 else shown
 
 
 def _new(new: Baseline, name: str, file: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from flaxstab.parity._diff._types import CaseDiff, Effect, Outcome, Square
+from flaxstab.parity._diff._types import CaseDiff, Effect, Outcome, Square, counted
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _LINES = 24  # of a screen
 _STYLES = {Outcome.SAFE: "bold green", Outcome.CHANGES: "bold yellow", Outcome.BREAKS: "bold red"}
 _SIDES = {"jax": "JAX", "torch": "PyTorch", "both": "both", "": ""}
-_COUNTED = (Effect.SAME, Effect.NEW, Effect.GONE)  # these have no row of their own
+_COUNTED = (Effect.SAME, Effect.NEITHER, Effect.NEW, Effect.GONE)  # these have no row of their own
 _TOLD = 3  # names and streams of each kind
 
 
@@ -25,12 +25,13 @@ class DiffScreen(NamedTuple):
     def __rich_console__(
         self, console: "Console", options: "ConsoleOptions"
     ) -> "Iterator[RenderableType]":
+        from rich.padding import Padding
         from rich.text import Text
 
         diff = self.diff
-        above = [Text(diff.headline, style=_STYLES[diff.verdict])]
-        above += [Text(f"  {line}") for line in environment(diff)]
-        below = [Text(f"  {line}", overflow="ellipsis", no_wrap=True) for line in told(diff)]
+        above: list[RenderableType] = [Text(diff.headline, style=_STYLES[diff.verdict])]
+        above += [Padding(line, (0, 0, 0, 2)) for line in map(Text, environment(diff))]
+        below = [Padding(line, (0, 0, 0, 2)) for line in map(Text, told(diff))]
         cases = [case for case in diff.cases if case.effect not in _COUNTED]
 
         def lines(part: "RenderableType") -> int:
@@ -48,7 +49,8 @@ class DiffScreen(NamedTuple):
         if cases:
             yield table(shown)
         if len(cases) > shown:
-            yield Text(f"  ... and {len(cases) - shown} more cases, with --json or --html")
+            more = counted(len(cases) - shown).replace(" ", " more ")
+            yield Text(f"  ... and {more}, with --json or --html")
         yield from below
 
 
@@ -57,11 +59,11 @@ def _table(cases: Sequence[CaseDiff], width: int) -> "RenderableType":
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim", expand=True)
-    widest = max(len(case.name) for case in cases)
+    widest = max(len("case"), *(len(case.name) for case in cases))
     table.add_column("case", width=min(widest, width), no_wrap=True)
     table.add_column("moved", width=len(_SIDES["torch"]), no_wrap=True)
     table.add_column("x bound", width=len("x bound"), justify="right", no_wrap=True)
-    table.add_column("what", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("what", ratio=1, overflow="fold")
     for case in cases:
         over = len(case.name) > width  # of a test's name the end tells most
         name = f"...{case.name[3 - width :]}" if over else case.name
@@ -117,9 +119,10 @@ def told(diff: "Diff") -> list[str]:
     lines.append("random streams: " + _streams(diff))
     lines.append("public names: " + _names(diff))
     lines += [f"  {d.name}: {d.words}" for d in [d for d in diff.names if d.matters][:_TOLD]]
-    for effect in (Effect.GONE, Effect.NEW):
+    for effect in (Effect.GONE, Effect.NEW, Effect.NEITHER):
         found = [case.name for case in diff.cases if case.effect is effect]
-        lines += [f"{len(found)} cases {effect}: {_few(found)}"] if found else []
+        what = "that runs in neither" if effect is Effect.NEITHER else effect
+        lines += [f"{counted(len(found))} {what}: {_few(found)}"] if found else []
     return lines
 
 

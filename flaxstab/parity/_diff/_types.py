@@ -13,7 +13,7 @@ class Outcome(StrEnum):
     Attributes:
       SAFE: nothing has moved, or only the last digits; new names may have come.
       CHANGES: something else changed, which is listed: random streams, public names or defaults,
-        larger errors within their bounds, cases that are gone or cannot be compared.
+        larger errors within their bounds, precisions or cases that are gone or cannot be compared.
       BREAKS: a result has another meaning, is less exact than its bound, or is gone.
     """
 
@@ -31,15 +31,17 @@ class Effect(StrEnum):
     LARGER = "error larger, within its bound"
     STREAM = "random stream changed"
     APART = "not comparable"
+    EMPTY = "not compared"
     GONE = "gone"
     BETTER = "passes now"
     ROUNDING = "rounding moved"
     NEW = "new"
+    NEITHER = "runs in neither"
     SAME = "same"
 
 
 BREAKING = (Effect.MEANING, Effect.WORSE, Effect.FAILS)
-CHANGING = (Effect.LARGER, Effect.STREAM, Effect.APART, Effect.GONE, Effect.BETTER)
+CHANGING = (Effect.LARGER, Effect.STREAM, Effect.APART, Effect.EMPTY, Effect.GONE, Effect.BETTER)
 GRAVITY = {effect: place for place, effect in enumerate(Effect)}
 
 
@@ -165,3 +167,13 @@ class Setting(NamedTuple):
     name: str
     old: str
     new: str
+
+
+def counted(cases: int) -> str:
+    """Returns a number of cases in words.
+
+    Example:
+      >>> counted(1), counted(2)
+      ('1 case', '2 cases')
+    """
+    return f"{cases} case{'s' * (cases != 1)}"

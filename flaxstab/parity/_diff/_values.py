@@ -37,6 +37,8 @@ def compare_records(name: str, old: Record, new: Record) -> CaseDiff:
         effect, words = moves[0].effect, _words(moves[0])
     elif drawn:
         effect, words = Effect.STREAM, "random layers draw other numbers"
+    if not case.count() and GRAVITY[Effect.EMPTY] < GRAVITY[effect]:
+        effect, words = Effect.EMPTY, "the files have no value of it in a common precision"
     verdict = _passing(old, new)
     if verdict is not None and GRAVITY[verdict[0]] < GRAVITY[effect]:
         effect, words = verdict
@@ -48,7 +50,7 @@ def _refused(old: Record, new: Record) -> tuple[Effect, str] | None:
     """Returns why two records cannot be compared, if they cannot."""
     kinds = old.facts.kind, new.facts.kind
     if kinds == ("none", "none"):
-        return Effect.SAME, f"runs in neither: {new.facts.error}"
+        return Effect.NEITHER, new.facts.error
     if "none" in kinds:
         fails = kinds[1] == "none"
         words = new.facts.error if fails else f"runs now; before: {old.facts.error}"
@@ -90,6 +92,7 @@ def _words(move: Move) -> str:
 
 def _mover(moves: list[Move], effect: Effect) -> Literal["jax", "torch", "both", ""]:
     sides = {move.side for move in moves if move.effect is effect} or {m.side for m in moves}
+    sides = sides & {*_SIDES}
     if len(sides) == 2:
         return "both"
     return next(iter(sides)) if sides else ""
@@ -138,6 +141,15 @@ class _Case:
                 told.add(key)
             yield move
         yield from self._one_sided()
+        yield from self._one_precision()
+
+    def _one_precision(self) -> Iterator[Move]:
+        """Yields precisions that only one of the records has."""
+        a, b = self._old.precisions, self._new.precisions
+        for precision in (p for p in a if p not in b):
+            yield _precision(precision, "only OLD has this precision")
+        for precision in (p for p in b if p not in a):
+            yield _precision(precision, "only NEW has this precision")
 
     def _one_sided(self) -> Iterator[Move]:
         """Yields quantities that only one of the records has."""
@@ -217,7 +229,7 @@ class _Case:
     def _low_unit(self, sides: _Sides) -> np.ndarray:
         """Returns the units of a lower precision, of elements that cancel their terms."""
         unit, exact = self._unit(sides), self._exact_values(sides)
-        magnitude = self._old.units["float64"].get(sides.name)
+        magnitude = self._old.units.get("float64", {}).get(sides.name)
         if magnitude is None or len(exact) < 2 or magnitude.shape not in ((), exact[0].shape):
             return unit
         return of_cancelling(sides.name, unit, exact[0], magnitude, sides.precision)
@@ -242,20 +254,19 @@ class _Case:
         """Returns which pairs agree in float64."""
         records = {"old": self._old, "new": self._new}
         found = {}
-        for ours in records:
-            for theirs in records:
+        for ours, a in records.items():
+            for theirs, b in records.items():
                 crossed = ours != theirs and self._drawn
-                both = records[ours].values["jax float64"], records[theirs].values["torch float64"]
+                both = a.values.get("jax float64", {}), b.values.get("torch float64", {})
                 found[f"{ours}_{theirs}"] = None if crossed else self._agree(*both)
         return Square(**found)
 
-    def _agree(self, ours: Values, theirs: Values) -> bool:
-        units = self._old.units["float64"]
-        return all(
-            _agrees(ours[name], theirs[name], unit)
-            for name, unit in units.items()
-            if name in ours and name in theirs
-        )
+    def _agree(self, ours: Values, theirs: Values) -> bool | None:
+        units = self._old.units.get("float64", {})
+        both = [name for name in units if name in ours and name in theirs]
+        if not both:
+            return None
+        return all(_agrees(ours[name], theirs[name], units[name]) for name in both)
 
 
 def _agrees(a: np.ndarray, b: np.ndarray, unit: np.ndarray) -> bool:
@@ -276,6 +287,10 @@ def _move(
     name: str, side: Side, effect: Effect, size: float, words: str, precision: str = "float64"
 ) -> Move:
     return Move(name, precision, side, effect, size, SEMANTICS / _TINY, (0.0, size), words)
+
+
+def _precision(precision: str, words: str) -> Move:
+    return Move("every value", precision, "", Effect.EMPTY, 0.0, 0.0, (0.0, 0.0), words)
 
 
 def _shapes(sides: _Sides) -> str:

@@ -13,11 +13,12 @@ import numpy as np
 from flaxstab import __version__
 from flaxstab._files import write_whole
 from flaxstab.parity._inputs import Values
-from flaxstab.parity._plain import from_plain, to_plain
+from flaxstab.parity._plain import check_header, from_plain, to_plain
 from flaxstab.parity._record._bundle import (
     LARGEST_MANIFEST,
     Bundle,
-    check_sizes,
+    check_bundles,
+    check_members,
     read_bundle,
     read_member,
     write_bundle,
@@ -254,8 +255,9 @@ def read_baseline(path: str | os.PathLike[str]) -> Baseline:
 
 
 def _read(file: zipfile.ZipFile) -> Baseline:
-    check_sizes(file)
+    check_members(file)
     manifest = _manifest(read_member(file, _MANIFEST, LARGEST_MANIFEST))
+    check_bundles([manifest.streams, *(b for held in manifest.cases for b in held.bundles)])
     cases = {}
     for held in manifest.cases:
         start = (f"{_MANIFEST}: cases must have names of their own, got {held.name!r} twice",)
@@ -284,6 +286,8 @@ def _record(file: zipfile.ZipFile, held: _Held) -> Record:
             f"{held.name!r} must hold inputs, weights, values and units, got "
             f"{sorted(groups.keys() - known)[:3]}"
         )
+    if held.facts.kind != "none" and "float64" not in units:
+        raise ValueError(f"{held.name!r} must hold units and values in float64, got none")
     _check_units(held.name, values, units)
     none: dict[str, np.ndarray] = {}
     inputs, weights = groups.get("inputs", none), groups.get("weights", none)
@@ -309,17 +313,5 @@ def _manifest(content: bytes) -> _Manifest:
         held = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{_MANIFEST} must be JSON, got {error}") from None
-    if not isinstance(held, dict) or held.get("format") != FORMAT:
-        found = held.get("format") if isinstance(held, dict) else type(held).__name__
-        raise ValueError(f"{_MANIFEST} must be of format {FORMAT!r}, got {found!r:.60}")
-    schema = held.get("schema")
-    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise ValueError(
-            f"{_MANIFEST}: schema must be an integer of at least 1, got {schema!r:.60}"
-        )
-    if schema > SCHEMA:
-        raise ValueError(
-            f"{_MANIFEST} must have schema {SCHEMA} or older, got schema {schema}, which a newer "
-            "flaxstab wrote: read it there (pip install -U flaxstab)"
-        )
+    check_header(held, _MANIFEST, FORMAT, SCHEMA)
     return cast(_Manifest, from_plain(_Manifest, held, _MANIFEST))

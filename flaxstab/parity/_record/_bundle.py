@@ -4,7 +4,7 @@ import io
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import IO, NamedTuple
 
 import ml_dtypes
@@ -17,6 +17,8 @@ _DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
     "float16", "float32", "float64", "bfloat16",
 )  # fmt: skip
+_AXES = 32
+_LOCKED = 0x61  # flags: encrypted, strongly encrypted, patched
 _HEADER = 1 << 14  # bytes, at most, that a member's header takes
 
 
@@ -83,7 +85,7 @@ def read_bundle(file: zipfile.ZipFile, bundle: Bundle) -> dict[str, np.ndarray]:
     """Reads arrays from an open file.
 
     Args:
-      file: open for reading; its members' sizes were checked (:func:`check_sizes`).
+      file: open for reading; :func:`check_members` was called, and :func:`check_bundles` for all.
       bundle: what :func:`write_bundle` returned.
 
     Raises:
@@ -102,11 +104,7 @@ def read_bundle(file: zipfile.ZipFile, bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 def _member(file: zipfile.ZipFile, name: str, kind: str, entries: list[Entry]) -> np.ndarray:
-    if kind not in _DTYPES:
-        raise ValueError(f"{name} must be of {', '.join(_DTYPES)}, got {kind!r:.40}")
-    if any(size < 0 for entry in entries for size in entry.shape):
-        raise ValueError(f"{name} must hold arrays of sizes from 0 on, got a negative one")
-    count, stored = sum(math.prod(e.shape) for e in entries), np.dtype(_BORROWED.get(kind, kind))
+    count, stored = sum(math.prod(e.shape) for e in entries), _stored(kind)
     info = member_info(file, name)
     room = info.file_size - count * stored.itemsize
     if not 0 < room <= _HEADER:
@@ -115,6 +113,11 @@ def _member(file: zipfile.ZipFile, name: str, kind: str, entries: list[Entry]) -
     with file.open(info) as stream:
         array = _array(stream, name, stored, count)
     return array.view(ml_dtypes.bfloat16) if kind == "bfloat16" else array
+
+
+def _stored(kind: str) -> np.dtype:
+    """Returns the dtype that a member has in which a dtype is kept."""
+    return np.dtype(_BORROWED.get(kind, kind))
 
 
 def _array(stream: IO[bytes], name: str, dtype: np.dtype, count: int) -> np.ndarray:
@@ -163,14 +166,50 @@ def read_member(file: zipfile.ZipFile, name: str, largest: int) -> bytes:
         raise ValueError(f"{name} must be whole, got {error}") from None
 
 
-def check_sizes(file: zipfile.ZipFile) -> None:
-    """Refuses a file whose members would not fit in memory.
+def check_members(file: zipfile.ZipFile) -> None:
+    """Refuses a file whose members would not fit in memory, or are not as we write them.
 
     The directory's word is safe to take: no more than it says is ever read of a member.
 
     Raises:
       ValueError: if so.
     """
-    size = sum(info.file_size for info in file.infolist())
+    size = 0
+    for info in file.infolist():
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(
+                f"its members must be stored or deflated, got method {info.compress_type}"
+                f" of {info.filename!r:.60}"
+            )
+        if info.flag_bits & _LOCKED:
+            raise ValueError(f"its members must not be encrypted, got {info.filename!r:.60}")
+        size += info.file_size
     if size > LARGEST:
         raise ValueError(f"its members must take {LARGEST} bytes at most, got {size}")
+
+
+def check_bundles(bundles: Iterable[Bundle]) -> None:
+    """Refuses bundles that ask for more than may be read, or for the same members.
+
+    Raises:
+      ValueError: if so; if a dtype or a size is none.
+    """
+    size, seen = 0, set[str]()
+    for bundle in bundles:
+        if bundle.name in seen:
+            raise ValueError(f"bundles must have names of their own, got {bundle.name!r:.60} twice")
+        seen.add(bundle.name)
+        size += sum(_bytes(bundle.name, entry) for entry in bundle.entries)
+    if size > LARGEST:
+        raise ValueError(f"bundles must ask for {LARGEST} bytes at most, got more")
+
+
+def _bytes(name: str, entry: Entry) -> int:
+    if entry.dtype not in _DTYPES:
+        raise ValueError(f"{name} must be of {', '.join(_DTYPES)}, got {entry.dtype!r:.40}")
+    if len(entry.shape) > _AXES:
+        raise ValueError(f"{name} must hold arrays of {_AXES} axes at most, got {len(entry.shape)}")
+    if not all(0 <= size <= LARGEST for size in entry.shape):
+        rule = f"{name} must hold arrays of sizes from 0 to {LARGEST}"
+        raise ValueError(f"{rule}, got a negative or larger one")
+    return math.prod(entry.shape) * _stored(entry.dtype).itemsize

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +26,6 @@ from flaxstab.parity._report import Report, Tolerance, check_tolerances
 from flaxstab.parity._steps import TrainStep, ten_batches, train_both
 from flaxstab.parity._torch_side import Rename, TorchSide
 from flaxstab.parity._watched import StepWatch, Watched
-
-if TYPE_CHECKING:
-    pass
 
 
 class Subject(NamedTuple):
