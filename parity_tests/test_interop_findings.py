@@ -225,7 +225,7 @@ def test_the_report_is_data() -> None:
     data = json.loads(json.dumps(report.to_dict()))
     assert data["complete"] is False
     assert data["counts"] == {
-        "loaded": 9, "missing": 1, "unexpected": 1, "mismatched": 0, "ignored": 0
+        "loaded": 9, "missing": 1, "unexpected": 1, "mismatched": 0, "ignored": 0, "kept": 0
     }  # fmt: skip
     assert len(data["entries"]) == 11
     entry = next(e for e in data["entries"] if e["name"] == "a.bias")
@@ -303,3 +303,24 @@ def test_a_model_shares_no_memory_with_transposed_tensors(size: int) -> None:
     for array in tensors.values():
         array[...] = 7
     assert state_of(layer) == before
+
+
+def test_a_count_that_old_files_lack_is_kept_as_in_torch() -> None:
+    theirs = torch.nn.BatchNorm2d(3)
+    old = {n: t for n, t in theirs.state_dict().items() if n != "num_batches_tracked"}
+    theirs.load_state_dict(old)
+    ours = norms.BatchNorm(3)
+    ours.count[...] = jnp.asarray(5, ours.count.dtype)
+    report = interop.load_state_dict(ours, old)
+    assert (report.kept, report.complete) == (("num_batches_tracked",), True)
+    assert int(ours.count[...]) == 5
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "<U1", "O"])
+def test_numbers_of_another_kind_are_refused(dtype: str) -> None:
+    layer = linear.Linear(2, 2, rngs=nnx.Rngs(0))
+    before = np.asarray(layer.kernel[...])
+    given = {"weight": np.ones((2, 2)).astype(dtype), "bias": np.zeros(2, np.float32)}
+    with pytest.raises(ValueError, match=r"weight .* for float32"):
+        interop.load_state_dict(layer, given)
+    np.testing.assert_array_equal(layer.kernel[...], before)

@@ -46,6 +46,7 @@ class Entry(NamedTuple):
       features: how many of the variables' first axes are features of the layer's input, of
         which the order is torch's or Flax's: 1 of a linear layer's kernel, all of a LayerNorm's.
       shapes: the tensors' shapes, where they are known without ``to_torch``.
+      optional: whether PyTorch loads a layer without the tensor, and keeps what it has.
     """
 
     variables: tuple[str, ...]
@@ -58,6 +59,7 @@ class Entry(NamedTuple):
     kind: Kind = Kind.OTHER
     features: int = 0
     shapes: tuple[Shape, ...] | None = None
+    optional: bool = False
 
 
 class Leaf(NamedTuple):
@@ -212,7 +214,9 @@ BIAS = one("bias", "bias", rank=1)
 SCALE = one("scale", "weight", rank=1)
 MEAN = one("mean", "running_mean", rank=1)
 VAR = one("var", "running_var", rank=1, kind=Kind.VARIANCE)
-COUNT = one("count", "num_batches_tracked", lambda count: np.asarray(count, np.int64), rank=0)
+COUNT = one(
+    "count", "num_batches_tracked", lambda count: np.asarray(count, np.int64), rank=0
+)._replace(optional=True)
 GAMMA = one("gamma", "gamma", rank=1)
 EMBEDDING = one("embedding", "weight", rank=2, kind=Kind.KERNEL)
 SLOPE = one("negative_slope", "weight", reshaped((1,)), reshaped(()), "(1,) -> ()", rank=0)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from flaxstab._checks import check
@@ -141,8 +142,9 @@ class _Matcher:
         entries: list[LoadEntry] = []
         for i, place in enumerate(places):
             if i not in found and not self.named.issuperset(place.spots):
+                fate = Outcome.KEPT if place.entry.optional else Outcome.MISSING
                 found[i] = [
-                    self._entry(place, name, shape, Outcome.MISSING)
+                    self._entry(place, name, shape, fate)
                     for name, shape in zip(place.names, place.expected, strict=True)
                 ]
                 self.named.update(place.spots)
@@ -156,7 +158,7 @@ class _Matcher:
     def _given(self, place: _Place) -> list[LoadEntry]:
         """Returns the entries of a place some of whose tensors are there, and takes them."""
         pairs = [*zip(place.names, place.expected, strict=True)]
-        reasons = [self._misfit(name, shape, place.entry) for name, shape in pairs]
+        reasons = [self._misfit(name, shape, place) for name, shape in pairs]
         rounded = False
         if not any(reasons):
             arrays = place.entry.to_flax(tuple(self.tensors[n].array for n in place.names))
@@ -174,12 +176,16 @@ class _Matcher:
             entries.append(entry)
         return entries
 
-    def _misfit(self, name: str, expected: Shape, entry: Entry) -> str:
+    def _misfit(self, name: str, expected: Shape, place: _Place) -> str:
         if name not in self.tensors:
             return "is missing"
-        shape = self.tensors[name].array.shape
+        array, entry = self.tensors[name].array, place.entry
+        shape = array.shape
         if shape == expected:
-            return ""
+            target = place.layer.values[entry.variables[0]].dtype
+            own = entry.rank is None  # a rule of the user's own says what it takes
+            fits = own or _kind(array.dtype) == _kind(target)
+            return "" if fits else f"{_dtype(array.dtype)} for {_dtype(target)}"
         found = f"{shape} for {expected}"
         if entry.features > 1 and shape == (expected[-1], *expected[:-1]):
             module = name.rpartition(".")[0]
@@ -247,6 +253,13 @@ def _with_nearest(entries: list[LoadEntry]) -> tuple[LoadEntry, ...]:
     return (
         tuple(e._replace(nearest=found.get(e.name, ())) for e in entries) if found else (*entries,)
     )
+
+
+@cache
+def _kind(dtype: np.dtype) -> str:
+    """Returns what a dtype's numbers are: no loader may turn one kind into another."""
+    kinds = {"float": np.floating, "integer": np.integer}
+    return next((name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind)), str(dtype))
 
 
 @cache

@@ -17,6 +17,7 @@ class Outcome(StrEnum):
     UNEXPECTED = "unexpected"
     MISMATCHED = "mismatched"
     IGNORED = "ignored"
+    KEPT = "kept"
 
 
 class LoadEntry(NamedTuple):
@@ -128,6 +129,14 @@ class LoadReport(NamedTuple):
         ``num_batches_tracked`` of the stock ``nnx.BatchNorm``, for example.
         """
         return self._names(Outcome.IGNORED)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names that the state_dict lacks and PyTorch does without: the variable keeps its value.
+
+        ``num_batches_tracked`` of old checkpoints.
+        """
+        return self._names(Outcome.KEPT)
 
     @property
     def rounded(self) -> tuple[str, ...]:
