@@ -52,7 +52,7 @@ def _check_parts(module: "PyTree") -> None:
         known = kind == "ReLU" if last.startswith("relu") else kind != "Identity"
         fix = "Put it back, or teach your network by register_twin."
         rule = "a ResNet's relu must be a ReLU, and only its maxpool an Identity"
-        check(known or name in _IDLE, rule, fix=fix, part=name, type=kind)
+        check(known or name in _IDLE or last == "downsample", rule, fix=fix, part=name, type=kind)
 
 
 def _stem(module: "PyTree") -> Stem:
