@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flaxstab import functional
+from flaxstab._checks import check
 from flaxstab._dtypes import widest
 from flaxstab._typing import Array, Shape
 
@@ -47,7 +48,12 @@ class Function:
             # As PyTorch, which rounds the result to 16 bits and nothing before.
             wide = jnp.asarray(x, widest(x.dtype))
             return jnp.asarray(_ELEMENTWISE[self.name](wide, **options), x.dtype)
-        return _SHAPED[re.sub("[123]d$", "", self.name)](x, **options)
+        name = re.sub("[123]d$", "", self.name)
+        if name != self.name:
+            axes = int(self.name[-2]) + 2
+            fix = "Give it a batch axis, as in (N, ..., C)."
+            check(x.ndim == axes, f"{self.name} takes {axes} axes", fix=fix, shape=x.shape)
+        return _SHAPED[name](x, **options)
 
 
 class Applied(nnx.Module):

@@ -231,12 +231,38 @@ def _check_options(part: Part, options: Mapping[str, object]) -> None:
 
 
 def type_name(module: object) -> str:
-    """Returns the name of the type in the table whose ``forward`` a module has; '' if none has."""
-    forward = getattr(type(module), "forward", None)
+    """Returns the name of the type in the table that a module computes as; '' if of none."""
     for kind in type(module).__mro__:
         if kind.__module__.startswith("torch.nn.modules.") and kind.__name__ in KINDS:
-            return kind.__name__ if getattr(kind, "forward", None) is forward else ""
+            return "" if overridden(type(module), kind) else kind.__name__
     return ""
+
+
+def overridden(kind: type, base: type) -> list[str]:
+    """Returns what of a type's base is another in it and decides about its result."""
+    above = kind.__mro__[: kind.__mro__.index(base)]
+    own = {name for part in above for name in vars(part)}
+    return sorted(name for name in own - _HARMLESS if hasattr(base, name))
+
+
+def own_code(module: object) -> str:
+    """Returns the words for a module whose type is none of PyTorch's as it is."""
+    kind = type(module)
+    base = next((k for k in kind.__mro__ if k.__module__.startswith("torch.nn.modules.")), kind)
+    names = overridden(kind, base)
+    if not names or "forward" in names:
+        return "it has a forward of its own"
+    return f"it overrides {names[0]!r} of {base.__name__}"
+
+
+_HARMLESS = {
+    "__init__", "extra_repr", "__repr__", "reset_parameters", "_reset_parameters",
+    "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__constants__",
+    "__firstlineno__", "__static_attributes__", "__slots__", "__parameters__", "__orig_bases__",
+    "__annotate__", "__annotate_func__", "__annotations_cache__", "__abstractmethods__",
+    "_abc_impl", "__qualname__", "__final__",
+}  # fmt: skip
+"""What a derived type may have of its own: no result depends on it."""
 
 
 def _flattened(module: "torch.nn.Module") -> Place:

@@ -21,6 +21,8 @@ from flaxstab.interop._torch_layers import (
     Kind,
     Part,
     kind_dtype,
+    overridden,
+    own_code,
     refusal,
     type_name,
 )
@@ -33,6 +35,7 @@ Layout = Literal["image"] | None
 Build = Callable[["torch.nn.Module", "Converter"], nnx.Module]
 
 _TEACH = "Call flaxstab.interop.register_twin for its type."
+_OURS = {"dtype", "axis_name", "mesh", "rngs"}  # settings that PyTorch's layers do not have
 _SOLID = ("Sequential", "ModuleList", "ModuleDict")
 
 
@@ -97,9 +100,10 @@ def from_torch(
     over, with weights and running statistics; whatever cannot be is refused by its name.
 
     ``Sequential`` becomes ``nnx.Sequential``, ``ModuleList`` ``nnx.List``, ``ModuleDict``
-    ``nnx.Dict``; all layers of flaxstab, activations, pools and paddings have twins. Arrays are
+    ``nnx.Dict``; layers of flaxstab, activations, pools and paddings have twins. Arrays are
     features-last inside; the twin moves the features where PyTorch's layers want them elsewhere,
-    so that ``Flatten`` gives PyTorch's order and the next ``Linear`` keeps its weight.
+    so that ``Flatten`` gives PyTorch's order and the next ``Linear`` keeps its weight. ``PReLU``
+    with several slopes and ``Softmax2d`` are refused.
 
     Args:
       module: the module; it is not changed.
@@ -240,7 +244,7 @@ class Converter:
     def _kind(self, module: "torch.nn.Module", name: str) -> Kind:
         known = type_name(module)
         if not known:
-            why = REASONS.get(type(module).__name__, "it has a forward of its own")
+            why = REASONS.get(type(module).__name__) or own_code(module)
             raise ValueError(refusal(module, name, why, _TEACH))
         return KINDS[known]
 
@@ -286,6 +290,8 @@ class Converter:
         )
 
     def _taught(self, module: "torch.nn.Module", name: str, taught: _Taught) -> nnx.Module:
+        for inner, child in module.named_modules():
+            check_plain(child, ".".join(filter(None, (name, inner))))
         twin = taught.build(module, self)
         check(
             isinstance(twin, nnx.Module),
@@ -298,22 +304,32 @@ class Converter:
             if inner in places and type_name(child):
                 full = ".".join(filter(None, (name, inner)))
                 settled = self._bare(child, full, KINDS[type_name(child)])
-                _settle(places[inner], settled)
+                above = module.get_submodule(inner.rpartition(".")[0])
+                if not _settle(places[inner], settled) and inner and not type_name(above):
+                    raise ValueError(refusal(child, full, *_other(places[inner], settled)))
         _load(twin, module, name, taught.rename)
         return twin
 
 
-def _settle(twin: nnx.Module, like: nnx.Module) -> None:
-    """Gives a layer the settings and the dtypes of another of its type."""
-    if type(twin) is not type(like):
-        return
+def _settle(twin: nnx.Module, like: nnx.Module) -> bool:
+    """Gives a layer the settings and the dtypes of another; False if it is of another type."""
+    if not isinstance(twin, type(like)):
+        return isinstance(like, Applied) and not like.function.options
     for name, value in vars(like).items():
         if isinstance(value, nnx.Variable):
             mine = vars(twin).get(name)
             if isinstance(mine, nnx.Variable):
                 mine.set_value(jnp.asarray(mine[...], value.dtype))
-        elif not name.startswith("_") and isinstance(value, bool | int | float | str | tuple):
+        elif not (name.startswith("_") or name in _OURS or isinstance(value, nnx.Pytree)):
             setattr(twin, name, value)
+    return True
+
+
+def _other(twin: nnx.Module, like: nnx.Module) -> tuple[str, str]:
+    """Returns the words for a layer of a taught twin that cannot have PyTorch's settings."""
+    place, wanted = type(twin), type(like)
+    rule = f"its settings fit {wanted.__name__}, got {place.__module__}.{place.__qualname__}"
+    return rule, "Use flaxstab's layer in the twin, or another name for yours and rename."
 
 
 def _load(twin: nnx.Module, module: "torch.nn.Module", name: str, rename: Rename | None) -> None:
@@ -345,7 +361,7 @@ def _container(module: "torch.nn.Module") -> str:
     torch = sys.modules["torch"]
     for name in _SOLID:
         kind = getattr(torch.nn, name)
-        if isinstance(module, kind) and type(module).forward is kind.forward:
+        if isinstance(module, kind) and not overridden(type(module), kind):
             return "" if type(module) in _TAUGHT or _full_name(module) in _TAUGHT else name
     return ""
 

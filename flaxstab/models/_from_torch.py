@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _TYPES = ("torchvision.models.resnet.ResNet", "torch_ref.resnet.ResNet")
 _BLOCKS: dict[str, BlockName] = {"BasicBlock": "basic", "Bottleneck": "bottleneck"}
+_IDLE = ("maxpool", "norm", "act")  # the last two are of torch_ref's pre-activation networks
 _PARTS = {"Conv2d", "BatchNorm2d", "ReLU", "Sequential", "Linear", "MaxPool2d", "Identity",
           "AdaptiveAvgPool2d", "ResNet", "Add"}  # fmt: skip
 
@@ -28,6 +29,7 @@ def _resnet(module: "PyTree", convert: interop.Converter) -> nnx.Module:
     odd = sorted(kinds - _PARTS - _BLOCKS.keys())
     fix = "Build it of flaxstab's blocks, and teach it by register_twin."
     check(len(blocks) == 1 and not odd, "a ResNet's twin has plain blocks", fix=fix, parts=odd)
+    _check_parts(module)
     stem = _stem(module)
     size = ResNetSize(
         block=_BLOCKS[blocks.pop()],
@@ -38,6 +40,19 @@ def _resnet(module: "PyTree", convert: interop.Converter) -> nnx.Module:
         size, module.fc.out_features, stem=stem, in_channels=module.conv1.in_channels,
         kernel_init=initializers.zeros, param_dtype=convert.param_dtype(module), rngs=nnx.Rngs(0),
     )  # fmt: skip
+
+
+def _check_parts(module: "PyTree") -> None:
+    """Refuses a head without weights, and parts that were replaced."""
+    head = type(module.fc).__name__
+    fix = "Convert it with a Linear, and replace the twin's fc."
+    check(head == "Linear", "a ResNet's fc must be a Linear", fix=fix, fc=head)
+    for name, part in module.named_modules():
+        kind, last = type(part).__name__, name.rpartition(".")[2]
+        known = kind == "ReLU" if last.startswith("relu") else kind != "Identity"
+        fix = "Put it back, or teach your network by register_twin."
+        rule = "a ResNet's relu must be a ReLU, and only its maxpool an Identity"
+        check(known or name in _IDLE or last == "downsample", rule, fix=fix, part=name, type=kind)
 
 
 def _stem(module: "PyTree") -> Stem:
