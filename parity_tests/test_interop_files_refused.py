@@ -178,13 +178,26 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "NaN": (raw(b'{"a": NaN}'), "got NaN, a number that is not finite"),
     "a name twice": (raw(b'{"a": 1, "a": 1}'), "got 'a' twice"),
     "metadata of numbers": (raw({"__metadata__": {"a": 1}}), "must have metadata of strings"),
+    "metadata that is a list": (raw({"__metadata__": []}), "strings, got metadata='list'"),
+    "metadata that is null": (raw({"__metadata__": None}), "strings, got metadata='NoneType'"),
+    "UTF-16": (raw('{"a": 1}'.encode("utf-16")), "must hold JSON, got"),
+    "UTF-16 without a mark": (raw('{"a": 1}'.encode("utf-16-le")), "must hold JSON, got"),
+    "UTF-8 with a mark": (raw(b"\xef\xbb\xbf{}"), "must hold JSON, got"),
+    "an index of PyTorch's": (
+        text("pytorch_model.bin.index.json", "{}"),
+        "got one of PyTorch's files, which is not supported",
+    ),
     "an unknown dtype": (raw({"a": entry(dtype="F4")}, b"\0" * 8), "must hold a dtype in BOOL, "),
     "the wrong dtype": (raw({"a": entry(dtype="F64")}, b"\0" * 8), "as the tensor has bytes, 16"),
     "a negative size": (raw({"a": entry(shape=[-2])}, b"\0" * 8), "two offsets"),
     "a fraction": (raw({"a": entry(shape=[2.0])}, b"\0" * 8), "two offsets"),
     "a size of true": (raw({"a": entry(shape=[True])}, b"\0" * 8), "two offsets"),
     "an absurd size": (raw({"a": entry(shape=[0, 2**70])}, b"\0" * 8), "two offsets"),
-    "huge sizes": (raw({"a": entry(shape=[2**40] * 9)}, b"\0" * 8), "as the tensor has bytes"),
+    "huge sizes beside none": (
+        raw({"a": entry(shape=[2**47, 2**47, 0], data_offsets=[0, 0])}),
+        r"must have sizes that a file can have, got tensor='a' and shape=\[1407",
+    ),
+    "huge sizes": (raw({"a": entry(shape=[2**40] * 9)}, b"\0" * 8), "sizes that a file can"),
     "no offsets": (raw({"a": {"dtype": "F32", "shape": [2]}}), "two offsets"),
     "no entry": (raw({"a": 1}), "two offsets"),
     "offsets that overlap": (
@@ -246,7 +259,7 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(
         interop.read_tensors(path)
     assert "\n" not in str(refused.value)
     assert path.name in str(refused.value)
-    if path.suffix in (".safetensors", ".json", ""):
+    if path.suffix in (".safetensors", ".json", "") and "bin" not in path.name:
         with pytest.raises(ValueError, match=message):
             interop.load_safetensors(model, path)
     assert {n: bits(a) for n, a in interop.state_dict(model).items()} == before
@@ -321,6 +334,14 @@ def test_saving_is_refused_where_it_cannot_be_done(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="path must name safetensors"):
         interop.load_safetensors(Two(), tmp_path / "a.pt")
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_key_is_refused_for_safetensors(tmp_path: Path) -> None:
+    path = interop.save_safetensors(Two(), tmp_path / "a.safetensors")
+    index = interop.save_safetensors(Two(), tmp_path / "b.safetensors", max_shard_size=60)
+    for place in (path, index):
+        with pytest.raises(ValueError, match="key must be None for safetensors"):
+            interop.read_tensors(place, key="model")
 
 
 def test_a_missing_torch_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def read_tensors(path: Location, *, key: str | None = None) -> dict[str, np.ndar
       path: one of: a ``.safetensors`` file; the ``.safetensors.index.json`` of several, or the
         folder in which it or a single file lies; a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file.
       key: for PyTorch's files, the entry that holds the tensors, such as ``'model'``; ``None``
-        takes the only one that holds tensors and nothing else.
+        takes the only one that holds tensors and nothing else. Not for safetensors.
 
     Returns:
       Arrays, bfloat16 and float8 as those of ``ml_dtypes``. Those of one safetensors file share
@@ -158,10 +158,25 @@ def read(
       mapped: whether safetensors may be read later, as they are used.
     """
     place = _place(path)
+    safe = place.name.endswith((_SAFE, _SAFE + _sharded.INDEX))
+    check(
+        key is None or not safe,
+        "key must be None for safetensors, which hold one set of tensors",
+        fix="Leave it out.",
+        file=str(path),
+        key=key,
+    )
     if place.name.endswith(_SAFE + _sharded.INDEX):
         return _sharded.read(place, mapped=mapped)
     if place.suffix == _SAFE:
         return _safetensors.read(place, mapped=mapped)
+    check(
+        not place.name.endswith(_sharded.INDEX),
+        "an index must be one of safetensors, got one of PyTorch's files, which is not supported",
+        fix="Load its files one by one with torch.load(weights_only=True), or save them as "
+        "safetensors.",
+        file=str(path),
+    )
     check(
         place.suffix in _PICKLED,
         f"a file of tensors must end in {_SAFE}, {_SAFE}{_sharded.INDEX}, {', '.join(_PICKLED)}",

@@ -128,7 +128,8 @@ def parsed(path: Path, text: bytes) -> Mapping[str, object]:
       ValueError: if it is something else.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_constant=_not_finite)
+        words = text.decode("utf-8")  # json.loads would guess among encodings
+        found = json.loads(words, object_pairs_hook=_once, parse_constant=_not_finite)
     except (ValueError, RecursionError) as error:
         advice = advice_on(path)
         raise ValueError(f"{_rule(path)} must hold JSON, got {error}. {advice}") from error
@@ -159,7 +160,7 @@ def _header(file: BinaryIO, path: Path) -> Header:
         bytes=size,
     )
     found = dict(parsed(path, file.read(length)))
-    metadata = found.pop("__metadata__", None) or {}
+    metadata = found.pop("__metadata__", {})
     _check(
         isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values()),
         path,
@@ -191,6 +192,9 @@ def _place(path: Path, name: str, given: object) -> Place:
     _check(dtype is not None, path, f"must hold a dtype in {known}", tensor=name, dtype=kind)
     sizes, (begin, end) = cast(list[int], shape), cast(list[int], offsets)
     place = Place(cast(np.dtype, dtype), tuple(sizes), begin, end)
+    # An axis of 0 hides what the others come to, and NumPy multiplies them all the same.
+    spread = math.prod(n for n in sizes if n) * place.dtype.itemsize
+    _check(spread < _FAR, path, "must have sizes that a file can have", tensor=name, shape=sizes)
     needed = math.prod(sizes) * place.dtype.itemsize
     _check(
         end - begin == needed,

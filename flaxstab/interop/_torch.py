@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -23,6 +24,7 @@ _SIZED = {
     "float8_e4m3fn": (np.uint8, ml_dtypes.float8_e4m3fn),
     "float8_e5m2": (np.uint8, ml_dtypes.float8_e5m2),
 }  # dtypes that NumPy does not know: the integers of their size, and ml_dtypes' name
+_WIDEST = 16  # bytes of a number
 
 
 def to_numpy(value: object) -> np.ndarray:
@@ -47,24 +49,34 @@ def to_tensors(tree: PyTree) -> PyTree:
     installed.
 
     Args:
-      tree: such as :func:`state_dict` or :func:`optimizer_state_dict` returns. What is no array
-        stays.
+      tree: such as :func:`state_dict` or :func:`optimizer_state_dict` returns. Arrays of NumPy, of
+        either byte order, and JAX, and NumPy's scalars, become tensors; anything else stays.
 
     Returns:
-      Tensors of their own memory on the CPU, bit for bit, bfloat16 and float8 too.
+      Tensors of their own memory on the CPU, the same values exactly, bfloat16 and float8 too.
+
+    Raises:
+      ValueError: if PyTorch is not installed or has no such dtype.
     """
     torch = _imported()
     if isinstance(tree, Mapping):
         return {key: to_tensors(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(to_tensors(value) for value in tree)
-    if not isinstance(tree, np.ndarray):
+        inner = [to_tensors(value) for value in tree]
+        named = hasattr(tree, "_fields")
+        return type(tree)(*inner) if named else type(tree)(inner)
+    if not isinstance(tree, np.ndarray | np.generic | jax.Array):
         return tree
-    if tree.dtype.name in _SIZED:
-        sized, _ = _SIZED[tree.dtype.name]
-        bits = torch.from_numpy(np.array(tree, order="C").view(sized))
-        return bits.view(getattr(torch, tree.dtype.name))
-    return torch.from_numpy(np.array(tree, order="C"))
+    array = np.array(tree, order="C")  # of its own, with room for what torch changes in place
+    if array.dtype.name in _SIZED:
+        sized, _ = _SIZED[array.dtype.name]
+        return torch.from_numpy(array.view(sized)).view(getattr(torch, array.dtype.name))
+    check(
+        array.dtype.kind in "biufc" and array.dtype.itemsize <= _WIDEST,
+        "arrays must have a dtype that PyTorch has",
+        dtype=str(array.dtype),
+    )
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def read_pickled(path: Path, key: str | None) -> dict[str, np.ndarray]:
