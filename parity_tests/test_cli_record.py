@@ -70,12 +70,21 @@ def test_bad_files_are_refused_in_one_line(
         ([*RECORD, target, "--torch-from", str(broken)], "broken.parity must be a baseline"),
         ([*RECORD, target, "--cases", "no such case"], "must fit the name of a case"),
         ([*RECORD, f"{absent}/x", "--cases", "gelu"], "folder must exist"),
+        ([*RECORD, str(tmp_path), "--cases", "gelu"], "must be a file, not a folder"),
+        ([*RECORD, "--cases", "gelu"], "FILE must name the baseline to write"),
     ):
         assert cli.main(words) == 2
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
     assert not Path(target).exists()
+
+
+def test_the_list_of_cases_needs_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*RECORD, "--list", "--cases", "gelu", "adamw*"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert {"gelu", "adamw, float32"} <= {*said.out.splitlines()}
 
 
 def test_without_torch_record_says_what_stands_for_it(tmp_path: Path) -> None:

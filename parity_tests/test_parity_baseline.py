@@ -306,10 +306,21 @@ def test_the_draws_of_a_model_tell_its_stream() -> None:
 
 
 def test_what_is_no_subject_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="subjects must be parity"):
+    with pytest.raises(ValueError, match="subjects must be a dict of"):
         parity.record(tmp_path / "a", {"gelu": (functional.gelu, torch.relu)})
     with pytest.raises(ValueError, match="folder must exist"):
         parity.record(tmp_path / "none" / "a", {})
+    for none in ({}, [*pairs().values()][:1], None):
+        with pytest.raises(ValueError, match=r"a dict of parity\.Subject by name, got subj"):
+            parity.record(tmp_path / "a", none)
+
+
+def test_a_folder_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    ran: list[object] = []
+    subject = parity.Subject(ran.append, ran.append, (X,))
+    with pytest.raises(ValueError, match="must be a file, not a folder, got path="):
+        parity.record(tmp_path, {"a": subject})
+    assert not ran
 
 
 def test_a_record_without_values_has_not_passed() -> None:

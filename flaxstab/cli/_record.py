@@ -20,7 +20,7 @@ def add(actions: "Actions") -> None:
         " 'flaxstab parity diff' compares with another. Takes about three minutes.",
         epilog="exit code: 0 every case passed; 1 one did not, or could not run; 2 refused",
     )
-    record.add_argument("file", metavar="FILE", help="the baseline to write")
+    record.add_argument("file", metavar="FILE", nargs="?", help="the baseline to write")
     record.add_argument(
         "--cases", nargs="+", default=(), metavar="PATTERN",
         help="only cases whose names fit, with * and ?, such as '*norm*'",
@@ -34,12 +34,16 @@ def add(actions: "Actions") -> None:
         "--torch-from", default=None, metavar="BASELINE",
         help="take PyTorch's values, too: it need not be installed, and is labelled 'recorded'",
     )  # fmt: skip
-    record.add_argument("--list", action="store_true", help="show the names of all cases")
+    record.add_argument(
+        "--list", action="store_true", help="show the names of cases; needs no FILE"
+    )
     record.set_defaults(run=run)
 
 
 def run(given: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
+    if given.file is None and not given.list:
+        return refuse("FILE must name the baseline to write, got none. Name it before --cases.")
     needed = ("jax", "flax", "optax", *(() if given.torch_from else ("torch",)))
     absent = missing(*needed)
     if absent:

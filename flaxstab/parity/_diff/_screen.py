@@ -84,7 +84,8 @@ def environment(diff: "Diff") -> list[str]:
     versions = [f"{s.name.split()[0]} {s.old or 'none'} -> {s.new or 'none'}" for s in named]
     others = len(diff.settings) - len(versions)
     words = "; ".join(versions) or "no package has another version"
-    lines = [f"{words}{f' (and {others} other settings)' if others else ''}"]
+    more = f" (and {others} other setting{'s' * (others != 1)})" if others else ""
+    lines = [words + more]
     if diff.torch == "recorded":
         version = f" {diff.torch_version[1]}" if diff.torch_version[1] else ""
         lines.append(f"PyTorch's side of the new file is recorded{version}: only JAX's can move")

@@ -54,7 +54,8 @@ def record(
       What was written.
 
     Raises:
-      ValueError: if the folder does not exist, or the earlier file is no baseline.
+      ValueError: if the folder does not exist or is the path itself, there is no subject, or the
+        earlier file is no baseline; before anything is compared.
 
     Example:
       >>> import tempfile, numpy, torch
@@ -65,9 +66,8 @@ def record(
       >>> made.cases["gelu"].facts.passed
       True
     """
-    rule = "subjects must be parity.Subject by name"
-    good = all(isinstance(n, str) and isinstance(s, Subject) for n, s in subjects.items())
-    check(good, rule, subjects={n: type(s).__name__ for n, s in subjects.items()})
+    _check_target(path)
+    _check_subjects(subjects)
     earlier = None if inputs_from is None else read_baseline(inputs_from)
     makes: dict[str, Make] = {name: _given(subject) for name, subject in subjects.items()}
     return _written(path, makes, earlier, torch_from=False)
@@ -97,6 +97,7 @@ def record_suite(
       ValueError: as :func:`record`; if a pattern fits no case, both files are given, or PyTorch is
         absent and no file stands for it.
     """
+    _check_target(path)
     check(
         inputs_from is None or torch_from is None,
         "torch_from takes inputs and weights as well, and inputs_from must not be given beside it",
@@ -124,6 +125,26 @@ def record_suite(
     return _written(path, {n: made(n) for n in builds}, earlier, torch_from=recorded)
 
 
+def _check_target(path: str | os.PathLike[str]) -> None:
+    """Refuses a path that no baseline can be written to, before minutes are spent on it."""
+    target = Path(path)
+    fix = "Make it, or name a file elsewhere."
+    check(target.parent.is_dir(), "a baseline's folder must exist", path=str(path), fix=fix)
+    fix = "Name a file in it, such as before.parity."
+    check(not target.is_dir(), "a baseline must be a file, not a folder", path=str(path), fix=fix)
+
+
+def _check_subjects(subjects: object) -> None:
+    rule = "subjects must be a dict of parity.Subject by name"
+    fix = "Pass {'model': parity.Subject(...)}."
+    if not isinstance(subjects, Mapping):
+        check(False, rule, subjects=type(subjects).__name__, fix=fix)
+        return
+    good = all(isinstance(n, str) and isinstance(s, Subject) for n, s in subjects.items())
+    kinds = {n: type(s).__name__ for n, s in subjects.items()}
+    check(good and bool(kinds), rule, subjects=kinds, fix=fix)
+
+
 def _given(subject: Subject) -> Make:
     return lambda _: subject
 
@@ -135,9 +156,6 @@ def _written(
     *,
     torch_from: bool,
 ) -> Baseline:
-    folder = Path(path).parent
-    fix = "Make it, or name a file elsewhere."
-    check(folder.is_dir(), "a baseline's folder must exist", path=str(path), fix=fix)
     known = {} if earlier is None else earlier.cases
     cases = {
         name: attempt(partial(_taken, make, known.get(name), torch_from))
