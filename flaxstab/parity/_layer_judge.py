@@ -97,7 +97,7 @@ class LayerPair:
           evaluation: the same in evaluation mode.
 
         Raises:
-          UnfitError: if the calls do not match, if PyTorch's layer alone gives another result, or if
+          UnfitError: if calls do not match, if PyTorch's layer alone gives another result, or if
             one differs whose calls have keywords that cannot be matched by name.
         """
         rest, findings, units, notes = self._flax.start, [], [], []
