@@ -1,7 +1,7 @@
 """Which array of a PyTorch layer's call is which of its Flax twin's, and how it is laid out."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -76,7 +76,7 @@ def fit(theirs: Call, ours: Asked | None, module: "torch.nn.Module", layout: Lay
 
 
 def unmatched(
-    theirs: Call, ours: Asked | None, module: "torch.nn.Module", flax: Callable[..., object]
+    theirs: Call, ours: Asked | None, module: "torch.nn.Module", flax: object
 ) -> tuple[str, ...]:
     """Returns the keywords, arrays apart, that only one side's call gives a value that matters.
 
