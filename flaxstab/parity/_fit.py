@@ -1,6 +1,7 @@
 """Which array of a PyTorch layer's call is which of its Flax twin's, and how it is laid out."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 _FIRST = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm", "Pool", "PixelShuffle", "Upsample")
 # ... and these the features last, whatever the number of axes.
 _LAST = ("Linear", "LayerNorm", "RMSNorm", "Embedding", "Attention", "Transformer", "GRU", "LSTM")
+
+# Keywords of one framework alone: of modes, draws, and what else is returned.
+_MODES = ("deterministic", "rngs", "train", "training", "use_running_average", "sow_weights",
+          "need_weights", "average_attn_weights")  # fmt: skip
 
 
 class UnfitError(ValueError):
@@ -45,7 +50,8 @@ def fit(theirs: Call, ours: Asked | None, module: "torch.nn.Module", layout: Lay
 
     Args:
       theirs: PyTorch's call.
-      ours: how Flax calls its layer; None if that is not known: then with PyTorch's arrays alone.
+      ours: how Flax calls its layer, which is given PyTorch's values of keywords that both calls
+        have; None if that is not known: then with PyTorch's arrays alone.
       module: PyTorch's layer.
       layout: that of the model's inputs.
 
@@ -57,14 +63,73 @@ def fit(theirs: Call, ours: Asked | None, module: "torch.nn.Module", layout: Lay
         moved = tuple(_moves(module, layout, a, None) for a in theirs.arrays)
         form = Form(tree, tuple(map(Slot, range(len(theirs.arrays)))))
         return Fit(_last(theirs.arrays, moved), form, theirs.form, moved)
-    order = _order(theirs.arrays, ours.arrays)
+    order = _order(theirs.arrays, ours.arrays, _by_name(theirs, ours))
     moved = tuple(
         bool(_moves(module, layout, a, ours.arrays[order.index(i)].shape))
         for i, a in enumerate(theirs.arrays)
     )
     slots = tuple(Slot(order[v.place]) if isinstance(v, Slot) else v for v in ours.form.leaves)
-    form = Form(ours.form.tree, slots)
-    return Fit(_last(theirs.arrays, moved), form, theirs.form, moved)
+    args, kwargs = jax.tree.unflatten(ours.form.tree, slots)
+    given = {n: v for n, v in _keywords(theirs).items() if n in kwargs and _plain(v, kwargs[n])}
+    leaves, tree = jax.tree.flatten((args, kwargs | given), is_leaf=_is_slot)
+    return Fit(_last(theirs.arrays, moved), Form(tree, tuple(leaves)), theirs.form, moved)
+
+
+def unmatched(
+    theirs: Call, ours: Asked | None, module: "torch.nn.Module", flax: object
+) -> tuple[str, ...]:
+    """Returns the keywords, arrays apart, that only one side's call gives a value that matters.
+
+    Args:
+      theirs: PyTorch's call.
+      ours: Flax's; None if that is not known.
+      module: PyTorch's layer.
+      flax: Flax's layer.
+    """
+    yours, mine = _keywords(theirs), {} if ours is None else _keywords(ours)
+    wrong = [n for n in yours.keys() & mine.keys() if not _alike(yours[n], mine[n])]
+    kinds = ((yours, mine, module.forward), (mine, yours, type(flax).__call__))
+    for some, others, function in kinds:
+        known = inspect.signature(function).parameters
+        wrong += [
+            name
+            for name, value in some.items()
+            if name not in {*others, *_MODES}
+            and not _is_slot(value)
+            and not (name in known and _equal(value, known[name].default))
+        ]
+    return tuple(sorted(wrong))
+
+
+def _keywords(call: Call | Asked) -> dict[str, object]:
+    _, kwargs = jax.tree.unflatten(call.form.tree, call.form.leaves)
+    return dict(kwargs)
+
+
+def _is_slot(value: object) -> bool:
+    return isinstance(value, Slot)
+
+
+def _plain(*values: object) -> bool:
+    return all(isinstance(v, bool | int | float | complex | str | None) for v in values)
+
+
+def _equal(one: object, other: object) -> bool:
+    return one is other or (_plain(one, other) and one == other)
+
+
+def _alike(one: object, other: object) -> bool:
+    return _plain(one, other) or (_is_slot(one) and _is_slot(other)) or one is other
+
+
+def _by_name(theirs: Call, ours: Asked) -> dict[int, int]:
+    """Returns the place of Flax's arrays among PyTorch's where both are given by one name."""
+    yours, found = _keywords(theirs), {}
+    for name, value in _keywords(ours).items():
+        twin = yours.get(name)
+        if isinstance(value, Slot) and isinstance(twin, Slot):
+            found[value.place] = twin.place
+    return found
 
 
 def outputs_of(
@@ -85,15 +150,20 @@ def outputs_of(
     return tuple(found)
 
 
-def _order(theirs: Sequence[np.ndarray], ours: Sequence[jax.ShapeDtypeStruct]) -> list[int]:
-    """Returns the place of each of Flax's arrays among PyTorch's, by kind and in order."""
+def _order(
+    theirs: Sequence[np.ndarray], ours: Sequence[jax.ShapeDtypeStruct], known: Mapping[int, int]
+) -> list[int]:
+    """Returns the place of each of Flax's arrays among PyTorch's: as known, or by kind in order."""
     kinds = [[i for i, a in enumerate(theirs) if is_float(a) == k] for k in (True, False)]
     floats = [bool(jnp.issubdtype(a.dtype, jnp.floating)) for a in ours]
     counts = [sum(f == k for f in floats) for k in (True, False)]
     if [len(k) for k in kinds] != counts:
         raise UnfitError(f"it is given {len(theirs)} arrays in PyTorch and {len(ours)} in Flax")
-    left = [iter(kind) for kind in kinds]
-    return [next(left[0] if f else left[1]) for f in floats]
+    same = all(is_float(theirs[b]) == floats[a] for a, b in known.items())
+    if not same or len({*known.values()}) < len(known):
+        known = {}
+    left = [iter([i for i in kind if i not in known.values()]) for kind in kinds]
+    return [known[p] if p in known else next(left[not f]) for p, f in enumerate(floats)]
 
 
 def _moves(

@@ -10,7 +10,7 @@ from flax import nnx
 from flaxstab._typing import DTypeLike, PyTree
 from flaxstab.parity._alone import Fed, FlaxLayer, Programs, TorchLayer
 from flaxstab.parity._calls import Asked, Call
-from flaxstab.parity._fit import Fit, UnfitError, fit, outputs_of
+from flaxstab.parity._fit import Fit, UnfitError, fit, outputs_of, unmatched
 from flaxstab.parity._inputs import Layout, Values, is_float, largest
 from flaxstab.parity._magnitude import BITS, UNIT, sizes
 from flaxstab.parity._precision import Precision
@@ -97,7 +97,8 @@ class LayerPair:
           evaluation: the same in evaluation mode.
 
         Raises:
-          UnfitError: if the calls do not match, or PyTorch's layer alone gives another result.
+          UnfitError: if calls do not match, if PyTorch's layer alone gives another result, or if
+            one differs whose calls have keywords that cannot be matched by name.
         """
         rest, findings, units, notes = self._flax.start, [], [], []
         moves: list[tuple[bool, ...]] = []
@@ -116,7 +117,16 @@ class LayerPair:
                     units.append(sizes_of)
                     moves.append(tuple(map(bool, run.outputs)))
                     notes += [note] if note else []
+        if any(not f.passed or f.side for f in findings):
+            self._check_keywords([*training, *later])
         return Found(tuple(findings), tuple(units), tuple(moves), tuple(dict.fromkeys(notes)))
+
+    def _check_keywords(self, calls: Sequence[tuple[Call, Asked | None]]) -> None:
+        """Refuses to charge a layer that the two models may call differently."""
+        flax = self._flax.module
+        names = {n for call in calls for n in unmatched(*call, self._exact.module, flax)}
+        if names:
+            raise UnfitError(f"the calls' keywords differ: {', '.join(sorted(names))}")
 
     def _run(self, theirs: Call, ours: Asked | None, rest: PyTree, *, training: bool) -> _Run:
         module = self._exact.module

@@ -78,17 +78,18 @@ class LayerTable:
         """Returns the layers that differ themselves, in order."""
         return [name for name, error in self._errors[direction].items() if error.differs]
 
-    def location(self, notes: Sequence[str]) -> Location:
+    def location(self, notes: Sequence[str], *, backward: bool = True) -> Location:
         """Returns what was found; forward comes before backward.
 
         Args:
           notes: what could not be judged.
+          backward: whether gradients were judged; else there are no such rows.
         """
-        forward, backward = (list(errors.values()) for errors in self._errors.values())
-        backward.reverse()
-        first = next((e for e in (*forward, *backward) if e.differs), None)
+        ahead, back = (list(errors.values()) for errors in self._errors.values())
+        layers = (*ahead, *reversed(back)) if backward else tuple(ahead)
+        first = next((e for e in layers if e.differs), None)
         return Location(
-            (*forward, *backward),
+            layers,
             "" if first is None else first.name,
             "" if first is None else first.direction,
             tuple(notes),

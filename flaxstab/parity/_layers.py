@@ -44,7 +44,8 @@ class Location(NamedTuple):
 
     Attributes:
       layers: each layer forward, in the order in which PyTorch's calls end (what is inside a layer
-        comes before it), then backward, in reverse.
+        comes before it), then backward, in reverse. :func:`compare` stops at the first that differs
+        forward; then nothing is told backward.
       first: the smallest module that differs first, '(model)' for the model itself; '' if none.
       direction: in which direction it differs first; '' if in none.
       notes: what could not be judged, and whether capturing changed a result.

@@ -102,7 +102,7 @@ class Locator:
         Args:
           free: whether both models also run freely, which shows what is inherited and whether
             capturing changes a result.
-          stop: whether to stop at the first layer that differs forward.
+          stop: whether to stop at the first layer that differs forward, and tell nothing backward.
         """
         calls = self._torch_calls(check_plain=free)
         forms, told, notes = self._flax_calls(free=free)
@@ -111,7 +111,7 @@ class Locator:
             ahead = calls._replace(training=[c._replace(cotangents=()) for c in calls.training])
             table = self._table(ahead, forms, told, stop=True)
             if table.differing("forward"):
-                return table.location(notes)
+                return table.location(notes, backward=False)
         return self._table(calls, forms, told).location(notes)
 
     def _table(
@@ -169,10 +169,8 @@ class Locator:
         try:
             with jax_at(self._exact):
                 params, rest, arrays = self._flax_inputs()
-                shapes = jax.eval_shape(
-                    _Recorded(self._program, evaluating).evaluate, params, rest, arrays
-                )
-                del shapes
+                # Tracing is enough: the recorder takes shapes.
+                jax.eval_shape(_Recorded(self._program, evaluating).evaluate, params, rest, arrays)
                 recorded = _Recorded(self._program, recorder)
                 if free:
                     notes = self._run_freely(recorded, params, rest, arrays)

@@ -229,11 +229,16 @@ def _captured(
       inputs: of the model.
       layout: of the model.
       own: of the layer.
+
+    Raises:
+      ValueError: if the layer is not called, or with keywords.
     """
     import torch
 
-    kept: list[tuple[torch.Tensor, ...]] = []
-    handle = layer.register_forward_pre_hook(lambda _, given: kept.append(given))
+    kept: list[tuple[tuple[torch.Tensor, ...], dict[str, object]]] = []
+    handle = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: kept.append((args, kwargs)), with_kwargs=True
+    )
     state = {n: t.clone() for n, t in model.state_dict().items()}
     try:
         model.double()
@@ -244,7 +249,11 @@ def _captured(
         handle.remove()
         model.load_state_dict(state)
     check(bool(kept), "the layer must be called", layer=type(layer).__name__)
-    return tuple(channels_last(numpy_of(t), own) for t in kept[0])
+    args, kwargs = kept[0]
+    named = sorted(kwargs)
+    check(not named, "a script calls a layer without keywords", layer=type(layer).__name__,
+          keywords=named, fix="Its model is shown instead.")  # fmt: skip
+    return tuple(channels_last(numpy_of(t), own) for t in args)
 
 
 def _failing(report: Report) -> list[Finding]:

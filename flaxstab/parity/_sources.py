@@ -129,8 +129,10 @@ def is_module(target: object) -> bool:
 
 
 def _parameters(module: object) -> Mapping[str, inspect.Parameter]:
-    found = inspect.signature(type(module).__init__).parameters
-    return {n: p for n, p in found.items() if n != "self" and not n.startswith("_")}
+    # That of the class itself may be its metaclass's: (*args, **kwargs).
+    found = list(inspect.signature(type(module).__init__).parameters.values())
+    bound = bool(found) and found[0].kind is not inspect.Parameter.VAR_POSITIONAL
+    return {p.name: p for p in found[bound:] if not p.name.startswith("_")}
 
 
 def _held(module: object, argument: str) -> Iterator[tuple[str, object]]:
