@@ -172,9 +172,18 @@ def redrawn(layer: nnx.Module, draw: Draw, generator: Generator) -> None:
     """Gives a layer, in place, the tensors that a rule draws.
 
     Raises:
-      ValueError: if the rule returns anything but tensors of the layer, in their shapes.
+      ValueError: if the rule returns anything but tensors of the layer, in their shapes, or the
+        layer is a stack of layers.
     """
     tensors = interop.state_dict(layer)
+    stacked = bool(tensors) and all(name.split(".")[0].isdecimal() for name in tensors)
+    check(
+        not stacked,
+        "a layer must hold variables of its own",
+        fix="nnx.vmap or nnx.scan stacks them: seed one layer each, then stack these, as "
+        "flaxstab.models.stacked does.",
+        layer=type(layer).__name__,
+    )
     new: object = draw(layer, tensors, generator)
     kind = type(layer).__name__
     if not isinstance(new, Mapping):
