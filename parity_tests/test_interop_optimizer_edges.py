@@ -207,7 +207,7 @@ def test_moments_of_what_torch_computes_otherwise_are_refused(
     model = make()
     fresh = optim.adamw().init(params_of(model))
     entry = {
-        name: {"step": np.float32(1), "exp_avg": array, "exp_avg_sq": array}
+        name: {"step": np.float32(1), "exp_avg": array, "exp_avg_sq": np.square(array)}
         for name, array in interop.state_dict(model).items()
     }
     given = {
