@@ -231,7 +231,10 @@ def test_what_fails_in_the_other_environment_breaks(
     assert told in capsys.readouterr().out.splitlines()[0]
 
 
-@pytest.mark.parametrize("ends", [{"before": Ended(2, "", "x")}, {"diff": Ended(2, "", "x")}])
+@pytest.mark.parametrize(
+    "ends",
+    [{"before": Ended(2, "", "x")}, {"after": Ended(-15, "", "x")}, {"diff": Ended(2, "", "x")}],
+)
 def test_what_fails_here_is_refused(
     ends: dict[str, Ended], stage: Callable[..., Stage], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,7 +242,7 @@ def test_what_fails_here_is_refused(
     assert upgrade("--to", "jax==0.11.0") == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.splitlines()[-1].endswith(": x")
+    assert said.err.splitlines()[-1].endswith(" x")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from flaxstab.cli._env import told, wrapped
 if TYPE_CHECKING:
     from flaxstab.cli._command import Actions
 
+STOPPED = (1, 2, 15)  # signals that come from outside, and say nothing of the upgrade
 LIMIT = 3600.0  # seconds for one step
 NEEDED = ("numpy", "jax", "flax", "optax")
 SHOWN = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
@@ -171,6 +172,8 @@ def _compare(given: argparse.Namespace, python: Path, reports: Path, *, torch: b
     tell(f"recording with the other versions: {new}")
     source = ("--inputs-from" if torch else "--torch-from", str(old))
     ended = call([str(python), "-I", *COMMAND, "parity", "record", str(new), *cases, *source])
+    if -ended.code in STOPPED:
+        raise _RefusalError(f"it was stopped while it recorded: {_end(ended)}")
     if not _recorded(ended, new):
         return Verdict("breaks", f"the cases cannot be run: {_end(ended)}")
     tell("comparing")
