@@ -1,6 +1,5 @@
 """``docs/attention.md`` runs when pasted, and what it says of others is so."""
 
-import re
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import torch
 from flax import nnx
 
 from parity_tests.support.cases import values
+from parity_tests.support.pages import pasted
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "docs").is_dir():
@@ -22,11 +22,7 @@ HIDDEN = np.arange(S)[None] >= np.array([[S], [S - 2]])  # (N, S)
 
 
 def test_the_page_runs_when_pasted() -> None:
-    codes = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(codes) == PAGE.count("```") / 2
-    names: dict[str, object] = {}
-    for code in codes:
-        exec(code, names)  # noqa: S102
+    names = pasted(PAGE)
     assert names["y"].shape == names["z"].shape == (3, 256, 64)
     assert names["weights"].shape == (3, 256, 256)
     assert not np.asarray(names["weights"])[2, :, 4:].any()

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from flaxstab import blocks, models, recipes
+from parity_tests.support.pages import pasted
 from parity_tests.test_blocks_memory import BLOCKS
 
 PAGE = Path(__file__).parents[1] / "docs" / "blocks.md"
@@ -23,11 +24,7 @@ def cells(pattern: str) -> list[list[str]]:
 
 
 def test_the_page_on_blocks_runs_when_pasted() -> None:
-    codes = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(codes) == TEXT.count("```") / 2
-    names: dict[str, object] = {}
-    for code in codes:
-        exec(code, names)  # noqa: S102
+    pasted(TEXT)
 
 
 def test_the_table_names_every_block_and_what_it_keeps() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from flaxstab import dropout
 from parity_tests.support.absent import needs_torch
+from parity_tests.support.pages import pasted
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks").is_dir():
@@ -26,11 +27,7 @@ CELLS = [
 
 
 def test_the_page_on_dropout_runs_when_pasted() -> None:
-    codes = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(codes) == PAGE.count("```") / 2
-    found: dict[str, object] = {}
-    for code in codes:
-        exec(code, found)  # noqa: S102
+    found = pasted(PAGE)
     same = [("same", "x"), ("again", "replayed"), ("stuck", None), ("whole", "steps")]
     for name, other in same:
         ours, theirs = found["stuck"] if other is None else (found[name], found[other])

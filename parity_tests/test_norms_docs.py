@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from parity_tests.support.layers import OFFSET_ERROR
+from parity_tests.support.pages import pasted
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks").is_dir():
@@ -26,11 +27,7 @@ CELLS = [
 
 
 def test_the_page_on_norms_runs_when_pasted() -> None:
-    codes = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(codes) == PAGE.count("```") / 2
-    names: dict[str, object] = {}
-    for code in codes:
-        exec(code, names)  # noqa: S102
+    names = pasted(PAGE)
     np.testing.assert_array_equal(names["again"], names["y"])
     assert not np.array_equal(names["z"], names["y"])
     # One image each on eight devices: the sums are those of y in another order.

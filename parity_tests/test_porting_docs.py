@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity_tests.support.pages import pasted
+
 ROOT = Path(__file__).parents[1]
 PAGE_FILE = ROOT / "docs" / "porting.md"
 if not PAGE_FILE.is_file():
@@ -68,11 +70,7 @@ def test_links_inside_the_page_have_their_heading() -> None:
 
 
 def test_the_page_runs_when_pasted() -> None:
-    codes = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(codes) == PAGE.count("```") / 2
-    names: dict[str, object] = {}
-    for code in codes:
-        exec(code, names)  # noqa: S102
+    names = pasted(PAGE)
     assert names["report"].complete
     assert names["back"].keys() == names["state"].keys()
     assert (names["eps"], names["momentum"], names["stride"]) == (1e-3, 0.2, (2, 2))

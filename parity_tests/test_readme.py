@@ -12,6 +12,7 @@ from flax import nnx
 
 from flaxstab import blocks, interop, models, recipes
 from flaxstab.surgery import _residual
+from parity_tests.support.pages import pasted
 from parity_tests.support.torch_bits import assert_same_bits, same_processor
 from torch_ref.blocks import BasicBlock
 
@@ -98,11 +99,7 @@ def test_the_page_on_seeds_runs_when_pasted() -> None:
 def test_the_page_on_surgery_runs_when_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_residual, "_RESIDUAL", dict(_residual._RESIDUAL))  # the page registers two
     page = (README.parent / "docs" / "surgery.md").read_text()
-    codes = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(codes) == page.count("```") / 2
-    names: dict[str, object] = {"__name__": "page"}
-    for code in codes:
-        exec(code, names)  # noqa: S102
+    names = pasted(page)
     assert len({kernel.tobytes() for kernel in np.asarray(names["layers"].kernel[...])}) == 3
     assert not names["layers"].bias[...].any()
     assert "its norm stands behind the addition" in names["refused"]

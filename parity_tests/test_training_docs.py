@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler
 
 from flaxstab import functional, optim
 from parity_tests.support.layers import assert_same
+from parity_tests.support.pages import pasted
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "docs").is_dir():
@@ -29,11 +30,7 @@ def rows(pattern: str) -> list[list[str]]:
 
 
 def test_the_page_on_training_runs_when_pasted() -> None:
-    codes = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(codes) == PAGE.count("```") / 2
-    names: dict[str, object] = {}
-    for code in codes:
-        exec(code, names)  # noqa: S102
+    names = pasted(PAGE)
     assert names["left_out"] == 1
     best, model = names["best"], names["model"]
     assert bool(best.stop) or names["epoch"] == 19
