@@ -1,7 +1,8 @@
 """What is known of each layer of a pair of models, and where the first one differs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from flaxstab.parity._words import aligned
@@ -106,3 +107,29 @@ def _word(error: LayerError) -> str:
     if error.kind in ("own", "unknown"):
         return f"{error.kind}: {error.note}"[:_WIDTH]
     return error.kind
+
+
+class Search:
+    """Looks for the first layer that differs when it is first asked, and once.
+
+    Two are equal: what they find follows from what was compared.
+
+    Args:
+      find: looks for it.
+    """
+
+    def __init__(self, find: Callable[[], Location]) -> None:
+        self._find = find
+
+    @cached_property
+    def _found(self) -> Location:
+        return self._find()
+
+    def __call__(self) -> Location:
+        return self._found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Search)
+
+    def __hash__(self) -> int:
+        return hash(Search)

@@ -1,6 +1,5 @@
 """Compares two models or functions: semantics in float64, numerics against it."""
 
-import functools
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from flaxstab.parity._alone import Programs
 from flaxstab.parity._carry import Weights, carry
 from flaxstab.parity._flax_side import FlaxSide
 from flaxstab.parity._inputs import Inputs, Layout, Values, is_float, largest, own_rng
+from flaxstab.parity._layers import Search
 from flaxstab.parity._locator import Locator
 from flaxstab.parity._options import lower
 from flaxstab.parity._precision import Precision
@@ -122,7 +122,7 @@ class Pair:
             t for t in tolerances if not any(fnmatchcase(f.name, t.pattern) for f in findings)
         )
         notes += [f"the tolerance for {t.pattern!r} (no quantity has such a name)" for t in unused]
-        where = functools.cache(lambda: self.locator(fed).locate(free=False, stop=True))
+        where = Search(lambda: self.locator(fed).locate(free=False, stop=True))
         return Report(
             tuple(findings), tuple(notes), tolerances,
             pinned=self._program.pinned(), where=where if self._layered() else None,

@@ -1,19 +1,18 @@
 """Carries PyTorch's weights into a model and compares both, in one call."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from flax import nnx
 
 from flaxstab._checks import check
 from flaxstab._typing import DTypeLike
-from flaxstab.parity._carry import carry
-from flaxstab.parity._compare import compare
 from flaxstab.parity._inputs import Layout
-from flaxstab.parity._program import NNXProgram
-from flaxstab.parity._report import Report, Tolerance
-from flaxstab.parity._torch_side import Rename, TorchSide
+from flaxstab.parity._models import Pair
+from flaxstab.parity._options import check_dtypes, check_options, checked_inputs
+from flaxstab.parity._report import Report, Tolerance, check_tolerances
+from flaxstab.parity._torch_side import Rename
 
 if TYPE_CHECKING:
     import torch
@@ -71,12 +70,12 @@ def verify(
     check(is_flax, "flax_model must be an nnx.Module", fix=fix, flax_model=kind)
     kind = type(torch_model).__name__
     check(is_torch, "torch_model must be a torch.nn.Module", fix=fix, torch_model=kind)
-    report = compare(
-        flax_model, torch_model, *inputs,
-        layout=layout, rename=rename, dtypes=dtypes, tolerances=tolerances, seed=seed,
-    )  # fmt: skip
-    # Last: nothing is changed by a call that fails. The copy takes what compare's has taken.
-    carried = NNXProgram(flax_model)
-    carry(carried, TorchSide(torch_model, rename), "torch")
-    nnx.update(flax_model, nnx.state(carried.module, nnx.Not(nnx.RngState)))
+    check_options(layout, "torch", rename)
+    check_dtypes(dtypes)
+    arrays, allowed = checked_inputs(inputs), check_tolerances(tolerances)
+    pair = Pair(flax_model, torch_model, arrays, layout=layout, rename=rename)
+    report = pair.judge(arrays, dtypes=dtypes, tolerances=allowed, seed=seed)
+    # Last: nothing is changed by a call that fails.
+    carried, _ = pair.sides()
+    nnx.update(flax_model, nnx.state(cast(nnx.Module, carried), nnx.Not(nnx.RngState)))
     return report
