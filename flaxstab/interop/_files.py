@@ -96,9 +96,8 @@ def load_safetensors(
       2 tensors loaded
     """
     place = _place(path)
-    safe = place.name.endswith((_SAFE, _SAFE + _sharded.INDEX))
     fix = "Use load_state_dict(model, read_tensors(path)) for PyTorch's files."
-    check(safe, "path must name safetensors", fix=fix, path=str(path))
+    check(_is_safe(place), "path must name safetensors", fix=fix, path=str(path))
     tensors, metadata = read(place, mapped=True)  # the model copies them
     if is_tagged(metadata):
         tensors, flattened = to_torch_names(model, tensors), None
@@ -158,9 +157,8 @@ def read(
       mapped: whether safetensors may be read later, as they are used.
     """
     place = _place(path)
-    safe = place.name.endswith((_SAFE, _SAFE + _sharded.INDEX))
     check(
-        key is None or not safe,
+        key is None or not _is_safe(place),
         "key must be None for safetensors, which hold one set of tensors",
         fix="Leave it out.",
         file=str(path),
@@ -200,6 +198,11 @@ def checked_target(path: Location) -> Path:
     place = Path(path)
     check(place.suffix == _SAFE, f"path must end in {_SAFE}", path=str(path))
     return place
+
+
+def _is_safe(place: Path) -> bool:
+    """Whether a file is one of safetensors, or their index."""
+    return place.name.endswith((_SAFE, _SAFE + _sharded.INDEX))
 
 
 def _place(path: Location) -> Path:

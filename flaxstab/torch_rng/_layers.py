@@ -10,6 +10,7 @@ from flax import nnx
 from flaxstab import attention, initializers, interop, linear
 from flaxstab._checks import check
 from flaxstab.blocks._residual import Add
+from flaxstab.interop._walk import walk
 from flaxstab.norms._kinds import NORMS
 from flaxstab.torch_rng._generator import Generator
 
@@ -176,9 +177,8 @@ def redrawn(layer: nnx.Module, draw: Draw, generator: Generator) -> None:
         layer is a stack of layers.
     """
     tensors = interop.state_dict(layer)
-    stacked = bool(tensors) and all(name.split(".")[0].isdecimal() for name in tensors)
     check(
-        not stacked,
+        not any(found.layer.at for found in walk(layer)),
         "a layer must hold variables of its own",
         fix="nnx.vmap or nnx.scan stacks them: seed one layer each, then stack these, as "
         "flaxstab.models.stacked does.",
