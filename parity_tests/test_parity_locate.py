@@ -96,6 +96,14 @@ def test_no_layer_of_a_sound_pair_differs_and_all_are_judged(sound: Location) ->
     assert all(e.inherited < 1 for e in sound.layers)  # NaN is not
 
 
+def test_inputs_in_float32_are_computed_with_in_float64_on_both_sides() -> None:
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(linear.Linear(4, 4, rngs=rngs), linear.Linear(4, 2, rngs=rngs))
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    found = parity.locate(model, module, X.astype(np.float32))
+    assert {layer.kind for layer in found.layers} == {"agrees"}
+
+
 def test_the_own_error_is_told_from_what_is_inherited() -> None:
     found = small(theirs=TorchSmall(eps=1.1e-5))
     assert (found.first, found.direction) == ("block.bn", "forward")

@@ -13,7 +13,7 @@ from flaxstab import interop
 from flaxstab._typing import Array, DTypeLike, PyTree, Shape
 from flaxstab.parity._calls import Form
 from flaxstab.parity._fit import Fit
-from flaxstab.parity._flax_side import stored_as
+from flaxstab.parity._flax_side import as_inputs, stored_as
 from flaxstab.parity._inputs import Layout, Values, is_float, is_integral, own_rng, round_to
 from flaxstab.parity._magnitude import DRAWS, UNIT, moved, rounded
 from flaxstab.parity._precision import EXACT, Precision, jax_at
@@ -187,7 +187,7 @@ class FlaxLayer:
     def _named(
         self, gradients: Gradients, params: PyTree, rest: PyTree, fed: Fed, dtype: DTypeLike
     ) -> tuple[Values, PyTree]:
-        arrays = [jnp.asarray(a, dtype) if is_float(a) else jnp.asarray(a) for a in fed.arrays]
+        arrays = as_inputs(fed.arrays, dtype)
         given = fed.cotangents
         pulled = None if given is None else [jnp.asarray(a) for a in given]
         outputs, (params, inputs), after = gradients(params, rest, arrays, pulled)

@@ -48,7 +48,7 @@ class FlaxSide:
     def output_shapes(self, arrays: tuple[np.ndarray, ...]) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the floating-point outputs, by name."""
         with jax_at(EXACT), located("Flax", self.program.names(), arrays):
-            inputs = _cast(arrays, np.float64)
+            inputs = as_inputs(arrays, np.float64)
             variables = self.variables(EXACT)
             output, _ = jax.eval_shape(self.program.train, *variables, inputs)
             leaves = named_leaves("output", output)
@@ -111,7 +111,7 @@ class FlaxSide:
     def _located(
         self, compiled: Compiled, fed: Inputs, dtype: DTypeLike, params: PyTree, rest: PyTree
     ) -> Values:
-        inputs, named = _cast(fed.arrays, dtype), self.program
+        inputs, named = as_inputs(fed.arrays, dtype), self.program
         cotangents = {name: jnp.asarray(a) for name, a in fed.cotangents.items()}
         outputs, (param_grads, grads), rest = compiled.gradients(params, rest, inputs, cotangents)
         found = dict(outputs)
@@ -184,7 +184,8 @@ def compiled_program(program: Modes, transform: Callable[..., Callable[..., obje
     return Compiled(*(jax.jit(transform(f)) for f in (gradients, step, evaluate)))
 
 
-def _cast(arrays: tuple[np.ndarray, ...], dtype: DTypeLike) -> list[Array]:
+def as_inputs(arrays: tuple[np.ndarray, ...], dtype: DTypeLike) -> list[Array]:
+    """Returns a program's inputs, floating-point ones in a dtype."""
     return [jnp.asarray(a, dtype) if is_float(a) else jnp.asarray(a) for a in arrays]
 
 

@@ -12,7 +12,7 @@ from flaxstab import interop
 from flaxstab._typing import Array, DTypeLike, PyTree
 from flaxstab.parity._alone import Programs
 from flaxstab.parity._calls import Asked, Call, FlaxCalls, Told, TorchCalls
-from flaxstab.parity._flax_side import compiled_program, stored_as
+from flaxstab.parity._flax_side import as_inputs, compiled_program, stored_as
 from flaxstab.parity._inputs import Inputs, Values, largest
 from flaxstab.parity._layer_judge import Found, LayerPair
 from flaxstab.parity._layer_table import LayerTable
@@ -183,7 +183,7 @@ class Locator:
 
     def _flax_inputs(self) -> tuple[PyTree, PyTree, list[Array]]:
         params, rest = stored_as(self._program.variables(), self._exact)
-        return params, rest, [jnp.asarray(a) for a in self._fed.arrays]
+        return params, rest, as_inputs(self._fed.arrays, self._exact.compute)
 
     def _run_freely(
         self, recorded: _Recorded, params: PyTree, rest: PyTree, arrays: list[Array]
